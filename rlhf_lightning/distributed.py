@@ -1,0 +1,37 @@
+"""Sums over all processes; with one process, the thing itself."""
+
+import torch
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    """Tell whether several processes train together."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def world_size() -> int:
+    """Return the number of processes."""
+    return torch.distributed.get_world_size() if is_distributed() else 1
+
+
+def global_sum(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes, the same on each; the argument stays as it is."""
+    if not is_distributed():
+        return tensor
+    total = tensor.clone()
+    torch.distributed.all_reduce(total)
+    return total
+
+
+def global_mean_var(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of what counts, over all processes, in float32.
+
+    Args:
+        x: Values, any shape.
+        mask: True where a value counts, same shape as ``x``, bool.
+    """
+    kept = torch.where(mask, x.float(), 0.0)
+    total, count = global_sum(torch.stack([kept.sum(), mask.sum().float()]))
+    mean = total / count
+    squares = global_sum(torch.where(mask, (x.float() - mean) ** 2, 0.0).sum())
+    return mean, squares / count
