@@ -1,0 +1,1 @@
+"""The networks: causal language models, and models with one scalar output per token."""

@@ -1,0 +1,94 @@
+"""Teacher-forced passes of a causal language model over prompts and responses."""
+
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_lightning.functional.logprobs import entropy_from_logits, logprobs_from_logits
+from rlhf_lightning.functional.sequences import SequenceBatch
+
+_PLAIN_HEADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+class ResponsePass(NamedTuple):
+    """What one pass says of each response token; flat tensors follow the order of ``response_mask.nonzero()``.
+
+    Attributes:
+        logprobs: Log-probability of each response token, nats, shape (batch, response), zero where masked.
+        entropy: Entropy before each response token, nats, shape (batch, response), without gradient; ``None`` unless
+            asked for.
+        hidden: Last hidden state before each response token, shape (response tokens, hidden).
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    hidden: Tensor
+
+
+def response_pass(
+    model: nn.Module, batch: SequenceBatch, *, temperature: float = 1.0, with_entropy: bool = False
+) -> ResponsePass:
+    """Run the model over whole sequences and read the distributions before each response token.
+
+    The vocabulary head runs at those positions alone. Right padding stands behind everything that looks back, so the
+    plain causal mask serves and positions count from 0.
+
+    Args:
+        model: A causal language model of transformers.
+        batch: Prompts and responses.
+        temperature: Divides the logits, as it did in sampling; above 0.
+        with_entropy: True computes the entropy too.
+    """
+    rows, columns = batch.predicting_positions()
+    hidden, logits = _hidden_and_logits(model, batch.input_ids, rows, columns)
+    logits = logits.float() / temperature
+    mask = batch.response_mask
+    logprobs = _into_place(logprobs_from_logits(logits, batch.response_tokens[mask]), mask)
+    with torch.no_grad():
+        entropy = _into_place(entropy_from_logits(logits.detach()), mask) if with_entropy else None
+    return ResponsePass(logprobs, entropy, hidden)
+
+
+def response_logprobs(model: nn.Module, batch: SequenceBatch, *, temperature: float = 1.0) -> Tensor:
+    """Return the log-probability of each response token, nats, shape (batch, response), zero where masked.
+
+    Args:
+        model: A causal language model of transformers.
+        batch: Prompts and responses.
+        temperature: Divides the logits, as it did in sampling; above 0.
+    """
+    return response_pass(model, batch, temperature=temperature).logprobs
+
+
+def head_is_plain(model: Any) -> bool:
+    """Tell whether the model's logits are its output embedding applied to its last hidden state, and nothing more.
+
+    Found by trying, once a model: some families cap or scale their logits, and then the model's own forward is used.
+    """
+    if model not in _PLAIN_HEADS:
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        _PLAIN_HEADS[model] = head is not None and _probe_head(model, head)
+    return _PLAIN_HEADS[model]
+
+
+@torch.no_grad()
+def _probe_head(model: Any, head: nn.Module) -> bool:
+    device = next(model.parameters()).device
+    ids = torch.arange(4, device=device)[None]
+    whole = model(input_ids=ids, use_cache=False).logits
+    apart = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    return whole.shape == apart.shape and torch.equal(whole, apart)
+
+
+def _hidden_and_logits(model: Any, ids: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    if head_is_plain(model):
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[rows, columns]
+        return hidden, model.get_output_embeddings()(hidden)
+    output = model(input_ids=ids, use_cache=False, output_hidden_states=True)
+    return output.hidden_states[-1][rows, columns], output.logits[rows, columns]
+
+
+def _into_place(flat: Tensor, mask: Tensor) -> Tensor:
+    return flat.new_zeros(mask.shape).index_put(mask.nonzero(as_tuple=True), flat)

@@ -1,0 +1,107 @@
+"""Models and checkpoints out to plain Hugging Face folders."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.loading import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CHECKPOINT_KEY = "rlhf_lightning"
+CHECKPOINT_FORMAT = 1
+
+
+def write_model_folder(directory: str | Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Write weights (safetensors), config, generation config, tokenizer and chat template into a folder."""
+    with quiet_transformers():
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+
+def pack_model(prefix: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """Describe a model for a checkpoint, so that the checkpoint needs no other file to be exported.
+
+    Args:
+        prefix: What the keys of the model's weights start with in the checkpoint's state dict, such as ``"policy."``.
+        model: The model; its weights are not packed, only its config.
+        tokenizer: Its tokenizer, packed whole.
+
+    Returns:
+        Strings, numbers, lists and dicts alone, which ``torch.load(weights_only=True)`` accepts.
+    """
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
+        model.config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(folder)
+        files = {file.name: file.read_text(encoding="utf-8") for file in Path(folder).iterdir() if file.is_file()}
+    return {"format": CHECKPOINT_FORMAT, "prefix": prefix, "class": type(model).__name__, "files": files}
+
+
+def export_checkpoint(checkpoint: str | Path, output: str | Path) -> Path:
+    """Write the trained model of a checkpoint as a Hugging Face folder; nothing but the checkpoint is read.
+
+    Args:
+        checkpoint: A ``.ckpt`` file written by one of this package's modules.
+        output: Folder to be made; it must not hold files yet.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: If the file is missing, damaged or from elsewhere, or the folder is not empty.
+    """
+    checkpoint, output = Path(checkpoint), Path(output)
+    if not checkpoint.is_file():
+        raise UserError(
+            f"checkpoint {str(checkpoint)!r} does not exist; give a .ckpt file of a run's checkpoints/ folder."
+        )
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output {str(output)!r} exists and is not an empty folder; give another or remove it.")
+    state = _read_checkpoint(checkpoint)
+    packed = state[CHECKPOINT_KEY]
+    output.mkdir(parents=True, exist_ok=True)
+    for name, text in packed["files"].items():
+        (output / Path(name).name).write_text(text, encoding="utf-8")
+    model = _rebuild(output, packed, state["state_dict"])
+    with quiet_transformers():
+        model.save_pretrained(output)
+    return output
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises pickle, zip and runtime errors alike
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"checkpoint {str(path)!r} cannot be read ({reason[0][:120] if reason else 'damaged'})."
+        ) from error
+    if not isinstance(state, dict) or CHECKPOINT_KEY not in state:
+        raise UserError(f"checkpoint {str(path)!r} was not written by rlhf_lightning; it names no model to export.")
+    if state[CHECKPOINT_KEY]["format"] > CHECKPOINT_FORMAT:
+        raise UserError(f"checkpoint {str(path)!r} was written by a newer rlhf_lightning; update the package.")
+    return state
+
+
+def _rebuild(folder: Path, packed: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> "PreTrainedModel":
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    config = AutoConfig.from_pretrained(folder)
+    is_scalar = packed["class"].endswith("ForSequenceClassification")
+    factory = AutoModelForSequenceClassification if is_scalar else AutoModelForCausalLM
+    model = factory.from_config(config, dtype=torch.float32)
+    prefix = packed["prefix"]
+    weights = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+    model.load_state_dict(weights, strict=True)
+    model.tie_weights()
+    if (folder / "generation_config.json").is_file() and not is_scalar:
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()

@@ -1,0 +1,266 @@
+"""Hugging Face folders and hub names in, models and tokenizers out; what is wrong with them is said in one line."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+
+from rlhf_lightning.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+M = TypeVar("M", bound=nn.Module)
+
+BUILTIN_MODELS = {"builtin:demo": Path(__file__).parent.parent / "demo" / "base"}
+_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+def resolve_model(name: str) -> str:
+    """Return the folder or hub name behind ``name``.
+
+    Args:
+        name: A Hugging Face folder, a hub name such as ``HuggingFaceTB/SmolLM-135M-Instruct``, or ``builtin:demo``.
+
+    Raises:
+        UserError: If it can be neither.
+    """
+    if name.startswith("builtin:"):
+        if name not in BUILTIN_MODELS:
+            raise UserError(f"no built-in model {name!r}.{did_you_mean(name, BUILTIN_MODELS)}")
+        return str(BUILTIN_MODELS[name])
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model folder {name!r} has no config.json; give a Hugging Face folder or a hub name.")
+        return str(path)
+    if path.exists():
+        raise UserError(f"model {name!r} is a file; give the Hugging Face folder that holds config.json and weights.")
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        parent = path.parent
+        siblings = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+        raise UserError(f"model folder {name!r} does not exist.{did_you_mean(path.name, siblings)}")
+    return name
+
+
+def load_config(name: str) -> "PretrainedConfig":
+    """Load the config of a model folder or hub name.
+
+    Raises:
+        UserError: If there is none, or it is of no architecture that transformers knows.
+    """
+    from transformers import AutoConfig
+
+    with _reading(name, "config"):
+        return AutoConfig.from_pretrained(resolve_model(name))
+
+
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a model folder or hub name.
+
+    Raises:
+        UserError: If there is none.
+    """
+    from transformers import AutoTokenizer
+
+    path = resolve_model(name)
+    if Path(path).is_dir() and not any(
+        (Path(path) / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    ):
+        raise UserError(
+            f"model folder {name!r} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); copy the "
+            "tokenizer files of the model it came from into it."
+        )
+    with _reading(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(path)
+
+
+def load_causal_lm(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    pretrained: bool = True,
+    config_overrides: dict[str, Any] | None = None,
+) -> "PreTrainedModel":
+    """Load a causal language model, with dropout off.
+
+    Args:
+        name: A Hugging Face folder, hub name or ``builtin:demo``.
+        dtype: Of the weights; float32 unless asked, whatever the files hold: bf16 weights cannot be trained.
+        pretrained: False draws random weights for the config, from the global random state.
+        config_overrides: Entries of the config to be changed, such as ``{"hidden_size": 128}``; only with random
+            weights.
+
+    Returns:
+        The model in train mode.
+
+    Raises:
+        UserError: If the folder lacks files or weights, or an override is no entry of the config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = _overridden(load_config(name), config_overrides, name, pretrained=pretrained)
+    _refuse_wrong_head(config, name, wanted="ForCausalLM", pretrained=pretrained)
+    if pretrained:
+        model = _load_weights(AutoModelForCausalLM, name, config, dtype, may_miss=())
+    else:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return disable_dropout(model).train()
+
+
+def load_sequence_classifier(
+    name: str, *, dtype: torch.dtype = torch.float32, new_head: bool = False
+) -> "PreTrainedModel":
+    """Load an ``AutoModelForSequenceClassification`` with one label, with dropout off.
+
+    Args:
+        name: A Hugging Face folder or hub name.
+        dtype: Of the weights.
+        new_head: True accepts a causal language model and draws a head for it, weights N(0, 1/(d + 1)) as in Stiennon
+            et al. 2020; False insists on a head in the files.
+
+    Raises:
+        UserError: If the model has more than one label, or no head while ``new_head`` is False.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config = load_config(name)
+    has_head = any("SequenceClassification" in architecture for architecture in config.architectures or [])
+    if has_head and config.num_labels != 1:
+        raise UserError(
+            f"model {name!r} has {config.num_labels} labels; a reward model has exactly 1 (one scalar score). "
+            "Train one with RewardModule, or give another folder."
+        )
+    if not has_head and not new_head:
+        raise UserError(
+            f"model {name!r} is a {(config.architectures or ['model of unknown kind'])[0]}, not a reward model "
+            "(AutoModelForSequenceClassification with one label); train one with RewardModule."
+        )
+    config.num_labels = 1
+    model = _load_weights(
+        AutoModelForSequenceClassification, name, config, dtype, may_miss=() if has_head else ("score.weight",)
+    )
+    if not has_head:
+        nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
+    return disable_dropout(model).train()
+
+
+def disable_dropout(model: M) -> M:
+    """Set every dropout probability of a model to 0, in place, and return it.
+
+    PPO compares log-probabilities of two passes; with dropout the ratio is noise from the first minibatch on.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        _zero_dropout_settings(module)
+        _zero_dropout_settings(getattr(module, "config", None))
+    return model
+
+
+def _zero_dropout_settings(holder: object) -> None:
+    """Set the numbers that families call attention_dropout, resid_pdrop, layerdrop, ... to 0."""
+    for name, value in list(getattr(holder, "__dict__", {}).items()):
+        if "drop" in name and isinstance(value, float):
+            setattr(holder, name, 0.0)
+
+
+def context_length(config: "PretrainedConfig") -> int | None:
+    """Return how many tokens the model's positions reach, or ``None`` where the config does not say."""
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _load_weights(
+    factory: Any, name: str, config: "PretrainedConfig", dtype: torch.dtype, may_miss: tuple[str, ...]
+) -> "PreTrainedModel":
+    path = resolve_model(name)
+    if Path(path).is_dir() and not any((Path(path) / file).is_file() for file in _WEIGHT_FILES):
+        raise UserError(
+            f"model folder {name!r} has no weights ({_WEIGHT_FILES[0]}); to train from scratch set pretrained: false."
+        )
+    with _reading(name, "model"), quiet_transformers():
+        model, info = factory.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True
+        )
+    missing = sorted(set(info["missing_keys"]) - set(may_miss))
+    if missing or info["mismatched_keys"]:
+        wrong = missing or [str(key) for key in info["mismatched_keys"]]
+        raise UserError(
+            f"the weights of {name!r} do not fit its config: {len(wrong)} tensors missing or of another shape, such as "
+            f"{wrong[0]!r}."
+        )
+    return model
+
+
+def _overridden(
+    config: "PretrainedConfig", overrides: dict[str, Any] | None, name: str, *, pretrained: bool
+) -> "PretrainedConfig":
+    if overrides and pretrained:
+        raise UserError("config_overrides changes the shape of the model and so needs pretrained: false.")
+    for key, value in (overrides or {}).items():
+        if not hasattr(config, key):
+            options = config.to_dict()
+            raise UserError(f"config_overrides: {name!r} has no entry {key!r}.{did_you_mean(key, options)}")
+        setattr(config, key, value)
+    if overrides:
+        _fit_heads(config, overrides)
+    return config
+
+
+def _fit_heads(config: "PretrainedConfig", overrides: dict[str, Any]) -> None:
+    """Derive the size of a head from what was overridden, and refuse heads that cannot share it out."""
+    heads = getattr(config, "num_attention_heads", None)
+    shared = getattr(config, "num_key_value_heads", None)
+    if heads and config.hidden_size % heads and "head_dim" not in overrides:
+        raise UserError(f"config_overrides: hidden_size {config.hidden_size} is not divisible by {heads} heads.")
+    if heads and shared and heads % shared:
+        raise UserError(
+            f"config_overrides: num_attention_heads {heads} is not divisible by num_key_value_heads {shared}; "
+            "override both."
+        )
+    resized = "hidden_size" in overrides or "num_attention_heads" in overrides
+    if resized and "head_dim" not in overrides and getattr(config, "head_dim", None):
+        config.head_dim = config.hidden_size // config.num_attention_heads
+
+
+def _refuse_wrong_head(config: "PretrainedConfig", name: str, *, wanted: str, pretrained: bool) -> None:
+    architectures = config.architectures or []
+    if pretrained and architectures and not any(wanted in kind or "LMHead" in kind for kind in architectures):
+        raise UserError(f"model {name!r} is a {architectures[0]}; a language model ({wanted}) was expected here.")
+
+
+@contextlib.contextmanager
+def _reading(name: str, what: str) -> Iterator[None]:
+    """Turn the many ways in which a folder can be unreadable into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the {what} of {name!r} could not be loaded from a folder or the hub: {reason[:300]}"
+        ) from error
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in {"safetensors_rust", "safetensors", "huggingface_hub", "httpx"}:
+            raise
+        raise UserError(f"the {what} of {name!r} could not be read: {' '.join(str(error).split())[:300]}") from error
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence loading bars and reports of transformers inside; what matters in them is raised by us."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,58 @@
+"""One scalar a token: the reward model reads it at the last token, the value model before every response token."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_lightning.functional.sequences import SequenceBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class ScalarModel(nn.Module):
+    """A sequence-classification model with one label, read where we say and not where a padding id is found.
+
+    transformers takes the last token that is not the padding id; where that id also ends every text, it scores the
+    token *before* the end. Here positions come from lengths.
+
+    Args:
+        model: An ``AutoModelForSequenceClassification`` with one label.
+    """
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        super().__init__()
+        self.model = model
+
+    def outputs(self, input_ids: Tensor) -> Tensor:
+        """Return the scalar at every position of right-padded rows, shape (batch, length), float32."""
+        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return self.model.score(hidden).squeeze(-1).float()
+
+    def scores(self, batch: SequenceBatch) -> Tensor:
+        """Return the score of each sequence, read at its last real token, shape (batch,), float32."""
+        last = (batch.lengths - 1)[:, None]
+        return self.outputs(batch.input_ids).gather(1, last).squeeze(1)
+
+    def values(self, batch: SequenceBatch) -> Tensor:
+        """Return the value before each response token, shape (batch, response), float32, zero where masked."""
+        mask = batch.response_mask
+        flat = self.outputs(batch.input_ids)[batch.predicting_positions()]
+        return flat.new_zeros(mask.shape).index_put(mask.nonzero(as_tuple=True), flat)
+
+
+def ensure_distinct_pad(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Give tokenizer and model a padding token that stands for nothing else, in place.
+
+    transformers' own pooling, and so every program that loads the exported reward model, looks for the last token
+    that is not padding. A tokenizer whose padding ends texts (or that has none) gets a new token ``<|pad|>``; where
+    the embedding has no room for it, it grows by a row.
+    """
+    others = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in others:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            with torch.random.fork_rng(devices=[]):
+                model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.pad_token_id = tokenizer.pad_token_id
