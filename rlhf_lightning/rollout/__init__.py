@@ -1,0 +1,1 @@
+"""Prompts in; responses, scores and log-probabilities out."""

@@ -1,0 +1,132 @@
+"""One rollout: prompts in, all that an update needs out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_lightning.functional.sequences import SequenceBatch
+from rlhf_lightning.models.causal_lm import response_logprobs
+from rlhf_lightning.rollout.reward_sources import Prompt, RewardSource, Scores, ScoringBatch
+from rlhf_lightning.rollout.sampler import Progress, Samples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses with everything that was computed before the first step; tensors are on the device.
+
+    Attributes:
+        sequences: Prompts and responses.
+        finished: True where the response stopped by itself, shape (batch,), bool.
+        scores: What the reward source says of each response.
+        old_logprobs: By the policy that sampled, teacher-forced, nats, shape (batch, response).
+        ref_logprobs: By the reference, shape (batch, response).
+        old_values: By the critic, shape (batch, response).
+        sampler_logprobs: What the sampler itself reports, shape (batch, response); a diagnostic.
+        prompts: As text or chat messages.
+        responses: As text.
+    """
+
+    sequences: SequenceBatch
+    finished: Tensor
+    scores: Scores
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    old_values: Tensor
+    sampler_logprobs: Tensor
+    prompts: list[Prompt]
+    responses: list[str]
+
+
+@dataclass(frozen=True)
+class Scorers:
+    """The models that look at a rollout.
+
+    Attributes:
+        policy: The policy that sampled.
+        reference: Its frozen start.
+        critic: Anything with ``values(SequenceBatch)``.
+        reward: The reward source.
+        temperature: Divides the logits of policy and reference.
+    """
+
+    policy: nn.Module
+    reference: nn.Module
+    critic: Any
+    reward: RewardSource
+    temperature: float
+
+
+def length_sorted(lengths: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Cut rows into groups of at most ``size``, longest first, so that a group pads little.
+
+    Args:
+        lengths: Tokens of each row, shape (batch,).
+        size: Rows in a group.
+
+    Returns:
+        Row numbers of each group.
+    """
+    return lengths.argsort(descending=True, stable=True).split(size)
+
+
+@torch.no_grad()
+def score_samples(
+    samples: Samples,
+    *,
+    sequences: SequenceBatch,
+    groups: Sequence[Tensor],
+    scorers: Scorers,
+    prompts: list[Prompt],
+    rows: list[dict[str, Any]],
+    tokenizer: "PreTrainedTokenizerBase",
+    progress: Progress | None = None,
+) -> Rollout:
+    """Compute old, reference and critic outputs on the real tokens, and the scores.
+
+    Args:
+        samples: What the sampler returned.
+        sequences: Prompts and samples together.
+        groups: Rows of each forward pass; together all rows, each once.
+        scorers: The models.
+        prompts: As text or chat messages.
+        rows: The other columns of each prompt's row.
+        tokenizer: The policy's; turns responses into text without special tokens.
+        progress: Called with rows done and rows in all.
+    """
+    mask = sequences.response_mask
+    old, ref, values = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
+    done = 0
+    for group in groups:
+        part = sequences.select(group)
+        width = int(part.response_lengths.max())
+        old[group, :width] = response_logprobs(scorers.policy, part, temperature=scorers.temperature)
+        ref[group, :width] = response_logprobs(scorers.reference, part, temperature=scorers.temperature)
+        values[group, :width] = scorers.critic.values(part)
+        done += len(group)
+        if progress is not None:
+            progress(done, len(mask))
+    responses = decode_responses(tokenizer, sequences)
+    scores = scorers.reward.score(ScoringBatch(sequences, samples.finished, prompts, responses, rows))
+    return Rollout(
+        sequences=sequences,
+        finished=samples.finished,
+        scores=scores,
+        old_logprobs=old,
+        ref_logprobs=ref,
+        old_values=values,
+        sampler_logprobs=samples.logprobs,
+        prompts=prompts,
+        responses=responses,
+    )
+
+
+def decode_responses(tokenizer: "PreTrainedTokenizerBase", sequences: SequenceBatch) -> list[str]:
+    """Return the responses as text, without special tokens."""
+    pairs = zip(sequences.response_tokens.tolist(), sequences.response_lengths.tolist(), strict=True)
+    return tokenizer.batch_decode([tokens[:length] for tokens, length in pairs], skip_special_tokens=True)
