@@ -1,0 +1,1 @@
+"""The LightningModules: hooks and wiring, no formula."""

@@ -1,0 +1,134 @@
+"""What a PPO run checks of itself before time is spent on it."""
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.distributed import world_size
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.functional.masked import masked_mean
+from rlhf_lightning.models.causal_lm import response_logprobs
+from rlhf_lightning.models.loading import context_length
+from rlhf_lightning.rollout.collect import Rollout
+from rlhf_lightning.rollout.reward_sources import RewardModel, RewardSource
+
+if TYPE_CHECKING:
+    from rlhf_lightning.algorithm.experience import Experience
+    from rlhf_lightning.modules.ppo import PPOModule
+
+log = logging.getLogger("rlhf_lightning")
+
+#: How far the first ratio may be from 1, and the first KL from 0, by precision. In float32 the two passes differ by
+#: rounding alone; in bf16 one rounding of a logit near 10 is 0.03.
+RATIO_TOLERANCE = {"32-true": 1e-5, "bf16-mixed": 0.2}
+
+
+def check_configuration(module: "PPOModule") -> None:
+    """Refuse settings that cannot work together.
+
+    Raises:
+        UserError: On a precision that loses updates, batch sizes that do not divide, or responses longer than the model
+            can read.
+    """
+    precision = str(module.trainer.precision)
+    if precision not in RATIO_TOLERANCE:
+        raise UserError(
+            f"trainer.precision is {precision}; PPO needs 32-true or bf16-mixed: in bf16 weights a step of 1e-6 "
+            "rounds to nothing, and float16 needs a loss scale that manual optimization does not keep."
+        )
+    data = getattr(module.trainer, "datamodule", None)
+    rollout_batch_size = getattr(data, "rollout_batch_size", None)
+    if rollout_batch_size is not None:
+        check_batch_sizes(rollout_batch_size, module.minibatch_size)
+    max_prompt_length = getattr(data, "max_prompt_length", None)
+    if max_prompt_length is not None:
+        check_lengths(module, max_prompt_length)
+    for source in _reward_models(module.reward):
+        check_scored_token(module, source)
+
+
+def check_batch_sizes(rollout_batch_size: int, minibatch_size: int) -> None:
+    """Refuse minibatches that do not divide the rollout, or processes that do not divide the minibatch."""
+    if rollout_batch_size % minibatch_size:
+        raise UserError(
+            f"rollout_batch_size {rollout_batch_size} is not divisible by minibatch_size {minibatch_size}; make it a "
+            "multiple, so that every optimizer step sees as many responses."
+        )
+    if minibatch_size % world_size():
+        raise UserError(f"minibatch_size {minibatch_size} is not divisible by the {world_size()} processes.")
+
+
+def check_lengths(module: "PPOModule", max_prompt_length: int) -> None:
+    """Refuse prompts and responses that together are longer than the policy, or a reward model, can read."""
+    models = {"the policy": module.policy.config}
+    models |= {f"reward model {m.path!r}": m.scalar.model.config for m in _reward_models(module.reward)}
+    for name, config in models.items():
+        limit, wanted = context_length(config), max_prompt_length + module.sampling.max_new_tokens
+        if limit is not None and wanted > limit:
+            raise UserError(
+                f"max_prompt_length {max_prompt_length} + max_new_tokens {module.sampling.max_new_tokens} = {wanted} "
+                f"tokens, but {name} reads at most {limit}; lower one of them."
+            )
+
+
+def check_scored_token(module: "PPOModule", source: RewardModel) -> None:
+    """Refuse a reward model that was trained to be read at another token than the one that ends responses here."""
+    if source.scored_token_id is None or not source.same_tokens or source.scored_token_id in module.stop_ids:
+        return
+    names = module.tokenizer.convert_ids_to_tokens([source.scored_token_id, *module.stop_ids])
+    raise UserError(
+        f"reward model {source.path!r} was trained to be read at {names[0]!r}, but responses here end with "
+        f"{' or '.join(map(repr, names[1:]))}; set sampling.stop_tokens, or stop_token of its data, alike."
+    )
+
+
+@torch.no_grad()
+def check_first_minibatch(module: "PPOModule", rollout: Rollout, experience: "Experience") -> dict[str, Tensor]:
+    """Check that before the first step the policy is what it was at rollout, and the reference what it starts from.
+
+    Returns:
+        ``check/max_ratio_error`` and ``check/approx_kl`` over the first rollout, and ``check/max_ref_kl``.
+
+    Raises:
+        UserError: If the ratio is not 1 within the tolerance of the precision.
+    """
+    mask = experience.response_mask
+    again = torch.zeros_like(experience.old_logprobs)
+    for rows in (group for minibatch in module.batch_plan(rollout.sequences.lengths, epoch=0) for group in minibatch):
+        part = rollout.sequences.select(rows)
+        with torch.enable_grad():  # the very pass of the update
+            logprobs = response_logprobs(module.policy, part, temperature=module.sampling.temperature)
+        again[rows, : logprobs.shape[1]] = logprobs.detach()
+    log_ratio = torch.where(mask, again - experience.old_logprobs, 0.0)
+    max_error = torch.expm1(log_ratio).abs().max()
+    approx_kl = masked_mean(torch.expm1(log_ratio) - log_ratio, mask)
+    ref_kl = torch.where(mask, rollout.old_logprobs - rollout.ref_logprobs, 0.0).abs().max()
+    _judge(module, max_error=float(max_error), approx_kl=float(approx_kl), ref_kl=float(ref_kl))
+    return {"check/max_ratio_error": max_error, "check/approx_kl": approx_kl, "check/max_ref_kl": ref_kl}
+
+
+def _judge(module: "PPOModule", *, max_error: float, approx_kl: float, ref_kl: float) -> None:
+    tolerance = RATIO_TOLERANCE[str(module.trainer.precision)]
+    if not max_error <= tolerance:
+        raise UserError(
+            f"self-check: before any step the ratio is off 1 by {max_error:.2g} (at most {tolerance:g} expected); "
+            "something random or another precision is in the policy's forward pass, such as dropout."
+        )
+    fresh = module.counters["iterations"] == 0 and module.reference_name is None
+    if fresh and not ref_kl <= tolerance:
+        raise UserError(
+            f"self-check: the reference is a copy of the policy, but their log-probabilities differ by {ref_kl:.2g}."
+        )
+    log.info(
+        "self-check: max |ratio - 1| %.1e, approx_kl %.1e, max |logprob - ref_logprob| %.1e, responses end with %s: ok",
+        max_error,
+        approx_kl,
+        ref_kl,
+        module.tokenizer.convert_ids_to_tokens(module.stop_ids),
+    )
+
+
+def _reward_models(source: RewardSource) -> list[RewardModel]:
+    return [part for part in source.modules() if isinstance(part, RewardModel)]

@@ -1,0 +1,85 @@
+"""Supervised fine-tuning: the model learns to give the responses of the data."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from rlhf_lightning.distributed import global_sum, world_size
+from rlhf_lightning.functional.sequences import SequenceBatch
+from rlhf_lightning.models.causal_lm import response_logprobs
+from rlhf_lightning.models.loading import load_causal_lm
+from rlhf_lightning.modules.base import ModelModule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class SFTModule(ModelModule):
+    """Train a causal language model on responses; prompt tokens are read, but not learnt.
+
+    Args:
+        model: Hugging Face folder or hub name of the start, or ``builtin:demo``.
+        pretrained: False draws random weights for the folder's config and keeps its tokenizer: training from scratch.
+        config_overrides: Entries of the config to be changed, such as ``{hidden_size: 128}``; only with random weights.
+        optimizer: Called with the trainable parameters.
+        lr_scheduler: Called with the optimizer, stepped once a training step; ``null`` keeps the learning rate.
+    """
+
+    export_prefix = "policy."
+
+    def __init__(
+        self,
+        model: str,
+        pretrained: bool = True,
+        config_overrides: dict[str, Any] | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4, weight_decay=0.0, fused=True),
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(model, optimizer, lr_scheduler)
+        self.pretrained, self.config_overrides = pretrained, config_overrides
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+
+    @property
+    def exported_model(self) -> "PreTrainedModel":
+        """The language model."""
+        return self.policy
+
+    def configure_model(self) -> None:
+        """Load or draw the weights, once."""
+        if not hasattr(self, "policy"):
+            self.policy = load_causal_lm(
+                self.model_name, pretrained=self.pretrained, config_overrides=self.config_overrides
+            )
+
+    def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
+        """Return the mean negative log-likelihood of the response tokens, over all processes."""
+        total, tokens = self._negative_logprob(batch)
+        loss = total * world_size() / global_sum(tokens)  # gradients are averaged over processes
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+        self._log_learning_rate()
+        return loss
+
+    def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
+        """Log the mean negative log-likelihood a token."""
+        total, tokens = self._negative_logprob(batch)
+        self.log("val/loss", total / tokens, batch_size=int(tokens), on_epoch=True, prog_bar=True, sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the perplexity a token of the whole set."""
+        loss = self.trainer.callback_metrics.get("val/loss")
+        if loss is not None:
+            self.log("val/perplexity", loss.exp())
+
+    def test_step(self, batch: SequenceBatch, batch_idx: int) -> None:
+        """Do the same as in validation."""
+        self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
+        """Return the mean log-probability a response token of each sequence, nats, shape (batch,)."""
+        return response_logprobs(self.policy, batch).sum(dim=1) / batch.response_lengths
+
+    def _negative_logprob(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+        logprobs = response_logprobs(self.policy, batch)
+        return -logprobs.sum(), batch.response_lengths.sum().to(torch.float32)
