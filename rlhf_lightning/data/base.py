@@ -1,0 +1,231 @@
+"""What the data modules have in common: rows in, parsed, split, counted, and handed out as batches."""
+
+import contextlib
+import logging
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
+
+from lightning.pytorch import LightningDataModule
+
+from rlhf_lightning.data.chat import ConversationEncoder
+from rlhf_lightning.data.readers import is_hub_name, read_rows
+from rlhf_lightning.data.shapes import Prompt
+from rlhf_lightning.data.splits import HasPrompt, prompt_key, split_by_prompt
+from rlhf_lightning.data.stream import BatchStream, EvalBatches
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.loading import load_tokenizer
+from rlhf_lightning.seeding import run_seed
+
+log = logging.getLogger("rlhf_lightning")
+
+Item = TypeVar("Item", bound=HasPrompt)
+Example = TypeVar("Example")
+Batch = TypeVar("Batch")
+
+
+class Numbered(NamedTuple, Generic[Item]):
+    """An item with the number of the row it came from, counted from 1, to name it where something is wrong with it."""
+
+    row: int
+    item: Item
+
+    @property
+    def prompt(self) -> Prompt:
+        """The item's prompt."""
+        return self.item.prompt
+
+
+class RowsDataModule(LightningDataModule, Generic[Item, Example, Batch]):
+    """A data module over rows that are read once, parsed, tokenised and kept in memory.
+
+    A subclass says what is in a row (:meth:`parse`), what ids that makes (:meth:`encode`) and how they make a batch
+    (:meth:`collate`). The arguments are described there; here none has a default.
+
+    ``counts`` holds after :meth:`setup` how many rows were read, kept, truncated and dropped, and why.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: str,
+        val_source: str | None,
+        val_size: int,
+        batch_size: int,
+        val_batch_size: int,
+        chat: bool,
+        stop_token: str | None,
+        tokenizer: str | None,
+        split: str,
+        val_split: str | None,
+        limit: int | None,
+        shuffle: bool,
+        bad_rows: Literal["error", "drop"],
+    ) -> None:
+        super().__init__()
+        for name, number in {"batch_size": batch_size, "val_batch_size": val_batch_size, "limit": limit}.items():
+            if number is not None and number < 1:
+                raise UserError(f"{name} is {number}; expected at least 1.")
+        if val_size < 0 or (val_size and (val_source or val_split)):
+            raise UserError(
+                f"val_size is {val_size}; expected 0 or more, and 0 where val_source or val_split name the validation "
+                "rows."
+            )
+        if val_split and not is_hub_name(val_source or source):
+            raise UserError(f"val_split {val_split!r} needs a hub data set; for files give val_source or val_size.")
+        self.source, self.val_source, self.val_size = source, val_source, val_size
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size
+        self.chat, self.stop_token, self.tokenizer_name = chat, stop_token, tokenizer
+        self.split, self.val_split, self.limit = split, val_split, limit
+        self.shuffle, self.bad_rows = shuffle, bad_rows
+        self.counts: Counter[str] = Counter()
+        self._first_bad = ""
+        self.train_examples: list[Example] = []
+        self.val_examples: list[Example] = []
+        self._encoder: ConversationEncoder | None = None
+
+    @property
+    def encoder(self) -> ConversationEncoder:
+        """What turns conversations into token ids; there after :meth:`setup`."""
+        if self._encoder is None:
+            raise RuntimeError("the data module is not set up; call setup() first.")
+        return self._encoder
+
+    @abstractmethod
+    def parse(self, row: dict[str, Any]) -> list[Item]:
+        """Return what a row holds for this task, none, one or several items."""
+
+    @abstractmethod
+    def encode(self, item: Item, counts: Counter[str]) -> Example | None:
+        """Return the token ids of an item, or ``None`` to drop it; either way count what was done to it."""
+
+    @abstractmethod
+    def collate(self, examples: list[Example]) -> Batch:
+        """Return a batch of these examples."""
+
+    def prepare_data(self) -> None:
+        """Download what is on the hub, on one process, for all to find in the cache."""
+        for source, split in [
+            (self.source, self.split),
+            (self.val_source or self.source, self.val_split or self.split),
+        ]:
+            if is_hub_name(source):
+                read_rows(source, split=split)
+
+    def setup(self, stage: str) -> None:
+        """Read, parse, split and tokenise; once, however many stages follow.
+
+        Raises:
+            UserError: If a row cannot be read, nothing is left of the data, or ``stage`` needs validation rows that are
+                not there.
+        """
+        if not self.train_examples:
+            self._encoder = ConversationEncoder(self._tokenizer(), stop_token=self.stop_token, chat=self.chat)
+            self._read()
+        if stage in ("validate", "test") and not self.val_examples:
+            raise UserError(f"{stage} needs validation rows; set val_source or val_size.")
+
+    def train_dataloader(self) -> BatchStream[Example, Batch]:
+        """Return a new resumable stream over the training rows, from its beginning."""
+        rank, world_size = self._place()
+        return BatchStream(
+            self.train_examples,
+            self.batch_size,
+            self.collate,
+            seed=run_seed(),
+            rank=rank,
+            world_size=world_size,
+            shuffle=self.shuffle,
+        )
+
+    def val_dataloader(self) -> EvalBatches[Example, Batch] | list[Batch]:
+        """Return the validation rows, each once; nothing where there are none."""
+        return self._eval_batches(self.val_examples) if self.val_examples else []
+
+    def test_dataloader(self) -> EvalBatches[Example, Batch] | list[Batch]:
+        """Return the validation rows."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> EvalBatches[Example, Batch]:
+        """Return the validation rows, or all rows of the source where there are none."""
+        return self._eval_batches(self.val_examples or self.train_examples)
+
+    def _read(self) -> None:
+        self.counts.clear()
+        train = self._parsed("train", self.source, self.split, self.limit)
+        if self.val_source or self.val_split:
+            val_source = self.val_source or self.source
+            val = self._parsed("val", val_source, self.val_split or self.split, None)
+            seen = {prompt_key(entry.prompt) for entry in train}
+            self.counts["val_prompts_in_training"] = sum(prompt_key(entry.prompt) in seen for entry in val)
+        else:
+            val_source = self.source
+            train, val = split_by_prompt(train, self.val_size)
+        if val or self.val_source or self.val_split:
+            self.val_examples = self._encoded("val", val_source, val)
+        self.train_examples = self._encoded("train", self.source, train)
+
+    def _eval_batches(self, examples: Sequence[Example]) -> EvalBatches[Example, Batch]:
+        rank, world_size = self._place()
+        return EvalBatches(examples, self.val_batch_size, self.collate, rank=rank, world_size=world_size)
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer_name:
+            return load_tokenizer(self.tokenizer_name)
+        tokenizer = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
+        if tokenizer is None:
+            raise UserError(
+                "no tokenizer: the module that is trained has none; set tokenizer to a model folder or hub name."
+            )
+        return tokenizer
+
+    def _parsed(self, part: str, source: str, split: str, limit: int | None) -> list[Numbered[Item]]:
+        rows = read_rows(source, split=split)[:limit]
+        self.counts[f"{part}_rows"] = len(rows)
+        items: list[Numbered[Item]] = []
+        for number, row in enumerate(rows, start=1):
+            with self._naming_row(part, source, number):
+                found = [Numbered(number, item) for item in self.parse(row)]
+                wanted = [entry for entry in found if not (self.chat and _is_blank(entry.prompt))]
+                items += wanted
+                self.counts[f"{part}_dropped_unwanted"] += not found
+                self.counts[f"{part}_dropped_empty_prompt"] += len(found) - len(wanted)
+        return items
+
+    def _encoded(self, part: str, source: str, items: list[Numbered[Item]]) -> list[Example]:
+        counts: Counter[str] = Counter()
+        examples: list[Example] = []
+        for number, item in items:
+            with self._naming_row(part, source, number):
+                example = self.encode(item, counts)
+                examples += [] if example is None else [example]
+        self.counts.update({f"{part}_{name}": number for name, number in counts.items()})
+        self.counts[f"{part}_kept"] = len(examples)
+        own = {name.removeprefix(f"{part}_"): n for name, n in self.counts.items() if n and name.startswith(f"{part}_")}
+        told = ", ".join(f"{name} {n}" for name, n in own.items())
+        if not examples:
+            raise UserError(f"nothing is left of the {part} rows of {source!r}: {told}.{self._first_bad}")
+        if self._place()[0] == 0:
+            log.info("%s data from %s: %s", part, source, told)
+        return examples
+
+    @contextlib.contextmanager
+    def _naming_row(self, part: str, source: str, number: int) -> Iterator[None]:
+        """Say which row an error is about, or count it and go on where bad rows are to be dropped."""
+        try:
+            yield
+        except UserError as error:
+            located = f"{source!r} row {number}: {error}"
+            if self.bad_rows == "error":
+                raise UserError(located) from error
+            self.counts[f"{part}_dropped_bad"] += 1
+            self._first_bad = self._first_bad or f" The first bad row: {located}"
+
+
+def _is_blank(prompt: Prompt) -> bool:
+    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    return not any(text.strip() for text in texts)

@@ -1,0 +1,173 @@
+"""From a prompt and a response to token ids: the one function that every stage and every data set goes through."""
+
+from typing import TYPE_CHECKING
+
+from rlhf_lightning.data.shapes import Message, Prompt, as_messages
+from rlhf_lightning.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class ConversationEncoder:
+    """Turns conversations into token ids, the same ids in fine-tuning, reward model and PPO.
+
+    With ``chat`` the prompt is everything up to and including the template's generation prompt, the response what the
+    template writes after it, up to and including the stop token. Without, both are plain text: the prompt begins with
+    the BOS token if this tokenizer puts one before a text by itself, and the stop token is put after the response.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        stop_token: Token that ends a response, as text; ``None`` takes the tokenizer's EOS token.
+        chat: Whether to apply the tokenizer's chat template; False takes prompts and responses as plain text.
+
+    Raises:
+        UserError: If the template or the stop token is missing.
+    """
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", *, stop_token: str | None = None, chat: bool = True
+    ) -> None:
+        if chat and not tokenizer.chat_template:
+            raise UserError(
+                f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; set chat: false to use plain text, "
+                "or take "
+                "a model that was tuned for chat."
+            )
+        self.tokenizer = tokenizer
+        self.chat = chat
+        self.stop_id = _stop_id(tokenizer, stop_token)
+        """Id of the token that ends a response; ``None`` where neither an argument nor the tokenizer names one."""
+        self.pad_id: int = next((id_ for id_ in (tokenizer.pad_token_id, self.stop_id) if id_ is not None), 0)
+        """Id that fills a batch; it may be the stop token's, as masks are never made from it."""
+        bos = tokenizer.bos_token_id
+        adds_bos = not chat and bos is not None and self._ids("", special=True)[:1] == [bos]
+        self._before: list[int] = [bos] if adds_bos else []
+
+    def encode_prompt(self, prompt: Prompt, max_length: int | None = None) -> list[int]:
+        """Return the ids that a response is generated from.
+
+        Args:
+            prompt: Text or chat messages; with a chat template a text is one message of the user.
+            max_length: Tokens to keep, see :func:`truncate_left`; ``None`` keeps all.
+
+        Returns:
+            At least one id.
+
+        Raises:
+            UserError: If messages come without a chat template, or the template refuses them.
+        """
+        return self.truncate_prompt(self._prompt_ids(self._ids(self._prompt_text(prompt))), max_length)
+
+    def truncate_prompt(self, prompt_ids: list[int], max_length: int | None) -> list[int]:
+        """Cut the ids of a prompt as :meth:`encode_prompt` does."""
+        return truncate_left(prompt_ids, max_length, bos_id=self.tokenizer.bos_token_id)
+
+    def encode(self, prompt: Prompt, response: str) -> tuple[list[int], list[int]]:
+        """Return the ids of a prompt and of a response to it.
+
+        Args:
+            prompt: As in :meth:`encode_prompt`, which gives the same ids for it.
+            response: What the assistant answers; ``""`` is an answer of nothing but the stop token.
+
+        Returns:
+            Ids of the whole prompt, and ids of the response, which end with the stop token.
+
+        Raises:
+            UserError: As in :meth:`encode_prompt`, or if there is no stop token.
+        """
+        if self.stop_id is None:
+            raise UserError(f"the tokenizer of {self.tokenizer.name_or_path!r} has no EOS token; name a stop_token.")
+        prompt_text = self._prompt_text(prompt)
+        prompt_ids = self._ids(prompt_text)
+        response_text = self._response_text(prompt, prompt_text, response)
+        joint = self._ids(prompt_text + response_text)
+        size = len(prompt_ids)
+        response_ids = joint[size:] if joint[:size] == prompt_ids else self._continuation_ids(response_text)
+        return self._prompt_ids(prompt_ids), self._stopped(response_ids, self.stop_id)
+
+    def _prompt_text(self, prompt: Prompt) -> str:
+        if self.chat:
+            return self._render(as_messages(prompt), add_generation_prompt=True)
+        if not isinstance(prompt, str):
+            raise UserError("the prompt is a list of chat messages, but chat is false; set chat: true, or give text.")
+        return prompt
+
+    def _response_text(self, prompt: Prompt, prompt_text: str, response: str) -> str:
+        if not self.chat:
+            return response
+        answer = {"role": "assistant", "content": response}
+        whole = self._render([*as_messages(prompt), answer], add_generation_prompt=False)
+        if not whole.startswith(prompt_text):
+            raise UserError(
+                "the chat template does not put a reply after its generation prompt (a conversation with the reply "
+                "does not "
+                "begin with the prompt), so prompt and response cannot be told apart; give a template that does."
+            )
+        return whole.removeprefix(prompt_text)
+
+    def _render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
+        import jinja2
+
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=add_generation_prompt, tokenize=False
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            roles = ", ".join(message["role"] for message in messages)
+            reason = " ".join(str(error).split())[:150]
+            raise UserError(f"the chat template refuses a conversation of {roles}: {reason}.") from error
+        return text
+
+    def _ids(self, text: str, *, special: bool = False) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+    def _prompt_ids(self, text_ids: list[int]) -> list[int]:
+        """Put the BOS token before; a prompt of nothing becomes one token, for a response to be predicted from."""
+        bos = self.tokenizer.bos_token_id
+        return self._before + text_ids or [self.pad_id if bos is None else bos]
+
+    def _continuation_ids(self, text: str) -> list[int]:
+        """Tokenise text that follows other text, without the blank that some tokenizers put before a text."""
+        line_end = self._ids("\n")
+        joint = self._ids("\n" + text)
+        return joint[len(line_end) :] if joint[: len(line_end)] == line_end else self._ids(text)
+
+    def _stopped(self, ids: list[int], stop_id: int) -> list[int]:
+        """End at the stop token: cut off the blanks that a template writes after it, or put it there."""
+        last = next((place for place in range(len(ids) - 1, -1, -1) if ids[place] == stop_id), None)
+        if last is not None and not self.tokenizer.decode(ids[last + 1 :]).strip():
+            return ids[: last + 1]
+        return [*ids, stop_id]
+
+
+def truncate_left(ids: list[int], max_length: int | None, *, bos_id: int | None = None) -> list[int]:
+    """Keep the last ``max_length`` ids, as what was said last matters most for the answer.
+
+    Args:
+        ids: Token ids.
+        max_length: How many to keep, at least 1; ``None`` keeps all.
+        bos_id: Where the ids begin with this one and it stands nowhere else, it stays in front: models lean on it. One
+            that also marks turns, as SmolLM's does, is cut like any other.
+
+    Example:
+        >>> truncate_left([1, 5, 6, 7], 3, bos_id=1), truncate_left([1, 5, 1, 7], 3, bos_id=1)
+        ([1, 6, 7], [5, 1, 7])
+    """
+    if max_length is None or len(ids) <= max_length:
+        return ids
+    if max_length > 1 and ids[0] == bos_id and ids.count(ids[0]) == 1:
+        return [ids[0], *ids[len(ids) - max_length + 1 :]]
+    return ids[len(ids) - max_length :]
+
+
+def _stop_id(tokenizer: "PreTrainedTokenizerBase", stop_token: str | None) -> int | None:
+    if stop_token is None:
+        return tokenizer.eos_token_id
+    stop_id = tokenizer.get_vocab().get(stop_token)
+    if stop_id is None:
+        near = did_you_mean(stop_token, tokenizer.get_added_vocab()) or did_you_mean(
+            stop_token, tokenizer.all_special_tokens
+        )
+        raise UserError(f"stop_token {stop_token!r} is not one token of {tokenizer.name_or_path!r}.{near}")
+    return int(stop_id)

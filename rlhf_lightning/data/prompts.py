@@ -1,0 +1,99 @@
+"""Prompts for a policy to answer: those of PPO's rollouts."""
+
+from collections import Counter
+from typing import Any, Literal, NamedTuple
+
+from rlhf_lightning.data.base import RowsDataModule
+from rlhf_lightning.data.collate import PromptBatch, PromptExample, collate_prompts, compact
+from rlhf_lightning.data.lengths import cut_prompt
+from rlhf_lightning.data.shapes import Prompt, as_messages, parse_prompt
+from rlhf_lightning.errors import UserError
+
+
+class PromptItem(NamedTuple):
+    """A prompt and the row it came from."""
+
+    prompt: Prompt
+    row: dict[str, Any]
+
+
+class PromptDataModule(RowsDataModule[PromptItem, PromptExample, PromptBatch]):
+    """Prompts, out of rows of prompts, pairs, demonstrations or conversations.
+
+    Batches are :class:`~rlhf_lightning.data.collate.PromptBatch`. Its ``prompts`` are chat messages exactly where the
+    chat template was applied, text where it was not; its ``rows`` carry all columns, for reward functions to read.
+
+    Args:
+        source: As in :class:`~rlhf_lightning.data.preferences.PreferenceDataModule`.
+        val_source: Validation rows, named likewise.
+        val_size: Rows to take off the source for validation instead, by prompt, so that training shares none with them.
+        rollout_batch_size: Prompts per PPO iteration over all processes together, each answered once; more makes an
+            iteration's estimates steadier and dearer.
+        val_batch_size: Prompts per validation step over all processes together; ``None`` takes ``rollout_batch_size``.
+        max_prompt_length: Tokens of the prompt; a longer one loses its beginning.
+        text_words: How many words rows with nothing but ``text`` give as their prompt; ``None`` refuses such rows.
+        chat: Apply the tokenizer's chat template; false takes prompts as plain text.
+        tokenizer: Model folder or hub name to take the tokenizer from; ``None`` takes that of the module in training.
+        split: Split of a hub data set.
+        val_split: Split of a hub data set for validation.
+        limit: Rows of the source to use, the first ones; ``None`` uses all.
+        shuffle: Draw training prompts in a random order that follows from the run's seed.
+        bad_rows: What to do with a row that cannot be read: stop with an ``error`` that names it, or ``drop`` and count
+            it.
+
+    Raises:
+        UserError: If a number is out of range; from ``setup`` if the data cannot be used.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        val_source: str | None = None,
+        val_size: int = 0,
+        rollout_batch_size: int = 16,
+        val_batch_size: int | None = None,
+        max_prompt_length: int = 256,
+        text_words: int | None = None,
+        chat: bool = True,
+        tokenizer: str | None = None,
+        split: str = "train",
+        val_split: str | None = None,
+        limit: int | None = None,
+        shuffle: bool = True,
+        bad_rows: Literal["error", "drop"] = "error",
+    ) -> None:
+        super().__init__(
+            source=source,
+            val_source=val_source,
+            val_size=val_size,
+            batch_size=rollout_batch_size,
+            val_batch_size=rollout_batch_size if val_batch_size is None else val_batch_size,
+            chat=chat,
+            stop_token=None,
+            tokenizer=tokenizer,
+            split=split,
+            val_split=val_split,
+            limit=limit,
+            shuffle=shuffle,
+            bad_rows=bad_rows,
+        )
+        self.save_hyperparameters(logger=False)
+        for name, number in {"max_prompt_length": max_prompt_length, "text_words": text_words}.items():
+            if number is not None and number < 1:
+                raise UserError(f"{name} is {number}; expected at least 1.")
+        self.max_prompt_length = max_prompt_length
+        self.text_words = text_words
+
+    def parse(self, row: dict[str, Any]) -> list[PromptItem]:
+        """Return the prompt that a row holds."""
+        prompt = parse_prompt(row, chat=self.chat, text_words=self.text_words)
+        return [PromptItem(as_messages(prompt) if self.chat else prompt, row)]
+
+    def encode(self, item: PromptItem, counts: Counter[str]) -> PromptExample:
+        """Return the ids of a prompt."""
+        prompt_ids = cut_prompt(self.encoder, self.encoder.encode_prompt(item.prompt), self.max_prompt_length, counts)
+        return PromptExample(compact(prompt_ids), item.prompt, item.row)
+
+    def collate(self, examples: list[PromptExample]) -> PromptBatch:
+        """Return a batch of these prompts."""
+        return collate_prompts(examples, self.encoder.pad_id)

@@ -1,0 +1,188 @@
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning.data.collate import PairBatch
+from rlhf_lightning.data.preferences import PreferenceDataModule
+from rlhf_lightning.data.stream import EvalBatches
+from rlhf_lightning.errors import UserError
+
+PAIRS = [{"prompt": f"Hi {n % 7}", "chosen": f"yes {n}", "rejected": "no"} for n in range(20)]
+
+
+def write(folder: Path, rows: list[dict[str, Any]], name: str = "pairs.jsonl") -> str:
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / name)
+
+
+def pairs(source: str, stage: str = "fit", **settings: Any) -> PreferenceDataModule:
+    data = PreferenceDataModule(
+        source, **{"tokenizer": "builtin:demo", "max_length": 64, "max_prompt_length": 32, **settings}
+    )
+    data.prepare_data()
+    data.setup(stage)
+    return data
+
+
+def responses(batches: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [
+        tokenizer.decode(tokens[mask], skip_special_tokens=True)
+        for batch in batches
+        for tokens, mask in zip(batch.chosen.response_tokens, batch.chosen.response_mask, strict=True)
+    ]
+
+
+def test_rows_taken_off_for_validation_share_no_prompt(tmp_path: Path, demo_tokenizer: PreTrainedTokenizerBase) -> None:
+    data = pairs(write(tmp_path, PAIRS), val_size=6, shuffle=False)
+    assert (len(data.train_examples), len(data.val_examples)) == (14, 6)
+    train, val = ({tuple(example.prompt_ids) for example in part} for part in (data.train_examples, data.val_examples))
+    assert not train & val
+    validated = responses(data.val_dataloader(), demo_tokenizer)
+    assert responses(data.test_dataloader(), demo_tokenizer) == responses(data.predict_dataloader(), demo_tokenizer)
+    assert sorted([*responses(data.train_dataloader(), demo_tokenizer)[:14], *validated]) == sorted(
+        row["chosen"] for row in PAIRS
+    )
+
+
+def test_rows_of_another_file_are_kept_apart_and_overlap_is_counted(tmp_path: Path) -> None:
+    val = write(tmp_path, [PAIRS[0], {**PAIRS[0], "prompt": "Ho"}], "val.jsonl")
+    data = pairs(write(tmp_path, PAIRS), val_source=val, limit=5)
+    assert {name: n for name, n in data.counts.items() if n} == {
+        "train_rows": 5,
+        "train_kept": 5,
+        "val_rows": 2,
+        "val_kept": 2,
+        "val_prompts_in_training": 1,
+    }
+
+
+def test_without_validation_rows_fit_runs_and_validate_says_what_is_missing(tmp_path: Path) -> None:
+    data = pairs(write(tmp_path, PAIRS))
+    assert data.val_dataloader() == []
+    assert sum(len(batch.chosen.input_ids) for batch in data.predict_dataloader()) == 20
+    for stage in ("validate", "test"):
+        with pytest.raises(UserError, match=f"{stage} needs validation rows; set val_source or val_size"):
+            data.setup(stage)
+
+
+def test_an_empty_prompt_is_dropped_from_chats_and_counted(tmp_path: Path) -> None:
+    source = write(tmp_path, [*PAIRS[:2], {**PAIRS[0], "prompt": " \n"}])
+    assert pairs(source).counts["train_dropped_empty_prompt"] == 1
+    assert len(pairs(source, chat=False).train_examples) == 3
+
+
+def test_a_bad_row_is_named_or_dropped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = write(
+        tmp_path, [*PAIRS[:2], {"prompt": "Hi", "chosen": "x"}, {"prompt": 3, "chosen": "x", "rejected": "y"}]
+    )
+    with pytest.raises(UserError, match=r"pairs\.jsonl' row 3: no column 'rejected'"):
+        pairs(source)
+    with caplog.at_level(logging.INFO, logger="rlhf_lightning"):
+        data = pairs(source, bad_rows="drop")
+    assert (data.counts["train_dropped_bad"], len(data.train_examples)) == (2, 2)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"train data from {source}: rows 4, dropped_bad 2, kept 2"
+    ]
+    with pytest.raises(UserError, match=r"nothing is left .* The first bad row: .* row 1: no column 'chosen'"):
+        pairs(write(tmp_path, [{"prompt": "Hi"}], "none.jsonl"), bad_rows="drop")
+
+
+def test_what_the_template_refuses_is_named_by_its_row_too(tmp_path: Path) -> None:
+    source = write(tmp_path, [PAIRS[0], {**PAIRS[0], "prompt": [{"role": "user", "content": "Hi"}]}])
+    with pytest.raises(UserError, match=r"row 2: the prompt is a list of chat messages, but chat is false"):
+        pairs(source, chat=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"val_batch_size": -1}, "val_batch_size is -1"),
+        ({"limit": 0}, "limit is 0"),
+        ({"val_size": -1}, "val_size is -1"),
+        ({"val_size": 2, "val_source": "x.jsonl"}, "val_size is 2; .* val_source"),
+        ({"val_split": "test"}, "val_split 'test' needs a hub data set"),
+    ],
+)
+def test_numbers_that_do_not_go_together_are_refused_before_anything_is_read(
+    settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        PreferenceDataModule("no_such_file.jsonl", **settings)
+
+
+def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no tokenizer: .* set tokenizer"):
+        pairs(write(tmp_path, PAIRS), tokenizer=None)
+    with pytest.raises(RuntimeError, match="call setup"):
+        PreferenceDataModule("x.jsonl").encoder.encode("a", "b")
+
+
+def test_each_rank_has_its_share(tmp_path: Path, demo_tokenizer: PreTrainedTokenizerBase) -> None:
+    data = pairs(write(tmp_path, PAIRS), val_size=5, batch_size=4)
+    whole = list(data.train_dataloader())
+    evaluated: list[str] = []
+    for rank in range(2):
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=2)  # type: ignore[assignment]
+        for batch, share in zip(whole, data.train_dataloader(), strict=True):
+            assert responses([share], demo_tokenizer) == responses([batch], demo_tokenizer)[rank::2]
+        evaluated += responses(data.val_dataloader(), demo_tokenizer)
+    data.trainer = None
+    assert sorted(evaluated) == sorted(responses(data.val_dataloader(), demo_tokenizer))
+
+
+class Recorder(pl.LightningModule):
+    """Brings a tokenizer and writes down what it is given."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[str] = []
+        self.validated: list[str] = []
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        self.seen += responses([batch], self.tokenizer)
+        return self.weight * 1.0
+
+    def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
+        self.validated += responses([batch], self.tokenizer)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([self.weight], lr=0.0)
+
+
+def test_a_plain_trainer_drives_it_with_the_tokenizer_of_the_module(
+    tmp_path: Path, demo_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    pl.seed_everything(11, verbose=False)
+    module = Recorder(demo_tokenizer)
+    data = PreferenceDataModule(write(tmp_path, PAIRS), val_size=5, batch_size=4)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(module, datamodule=data)
+    assert len(module.seen) == 2 * 16, "15 rows in batches of 4 are 4 full batches an epoch"
+    assert len(set(module.seen[:15])) == 15
+    val = data.val_dataloader()
+    assert isinstance(val, EvalBatches)
+    assert module.validated == 2 * responses(val, demo_tokenizer)
+    assert module.seen[:16] == responses(data.train_dataloader(), demo_tokenizer), (
+        "the order follows from the run's seed"
+    )
+    pl.seed_everything(12, verbose=False)
+    assert module.seen[:16] != responses(data.train_dataloader(), demo_tokenizer)
