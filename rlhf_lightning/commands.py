@@ -1,0 +1,163 @@
+"""The commands that need no Trainer: ``export``, ``generate`` and ``compare``, each a function with typed arguments."""
+
+import os
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from rlhf_lightning.config_errors import OneLineErrors, refusal_of_constructor
+from rlhf_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rlhf_lightning.rollout.sampler import SamplingConfig
+
+FUNCTIONS = {
+    "compare": "rlhf_lightning.evaluation.compare:compare",
+    "export": "rlhf_lightning.commands:export",
+    "generate": "rlhf_lightning.commands:generate",
+}
+
+
+def function_parser(command: str) -> tuple[OneLineErrors, Callable[..., Any]]:
+    """Return the parser of a command, made from its function's signature and docstring, and the function."""
+    module, _, name = FUNCTIONS[command].partition(":")
+    function = getattr(import_module(module), name)
+    parser = OneLineErrors(prog=f"rlhf-lightning {command}", allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="A YAML file with any of the keys below.")
+    parser.add_function_arguments(function, fail_untyped=False)
+    return parser, function
+
+
+def check_function_command(command: str, argv: list[str]) -> None:
+    """Check the arguments of ``export``, ``generate`` or ``compare`` without doing anything.
+
+    Raises:
+        UserError: If a constructor refuses its arguments.
+        SystemExit: With status 2 after one line on stderr, where something in them is wrong.
+    """
+    _parsed(function_parser(command)[0], argv)
+
+
+def run_function_command(command: str, argv: list[str]) -> Any:
+    """Run ``export``, ``generate`` or ``compare`` with the command line's arguments; return what its function returns.
+
+    Raises:
+        UserError: If something that the user gave cannot work.
+        SystemExit: From the parser, with status 2 after a wrong argument.
+    """
+    parser, function = function_parser(command)
+    result = function(**_parsed(parser, argv))
+    if command == "compare":
+        print(f"{result['table']}\nreport: {result['report']}")
+    return result
+
+
+def _parsed(parser: OneLineErrors, argv: list[str]) -> dict[str, Any]:
+    try:
+        arguments = parser.instantiate(parser.parse_args(argv))
+    except (ValueError, TypeError) as failure:
+        refusal = refusal_of_constructor(failure)
+        if refusal is None:
+            raise
+        raise UserError(str(refusal)) from failure
+    return {key: value for key, value in vars(arguments).items() if key != "config"}
+
+
+def export(ckpt: str, output: str) -> None:
+    """Write the trained model of a checkpoint as a Hugging Face folder.
+
+    Args:
+        ckpt: Checkpoint of a run, such as ``runs/ppo-1/checkpoints/last.ckpt``.
+        output: Folder to write: weights (safetensors), config, tokenizer, chat template. It must not hold files yet.
+    """
+    from rlhf_lightning.models.export import export_checkpoint
+
+    print(f"model written to {export_checkpoint(ckpt, output)}")
+
+
+def generate(
+    model: str,
+    prompt: str | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    samples: int = 1,
+    chat: bool | None = None,
+    stop_tokens: list[str] | None = None,
+) -> None:
+    """Answer a prompt, or every line that is typed in.
+
+    Args:
+        model: Hugging Face folder or hub name, such as ``runs/ppo-1/model``.
+        prompt: What to answer; left out, prompts are read line by line until an empty one or the end of input.
+        max_new_tokens: Longest answer in tokens.
+        temperature: Divides the logits: below 1 more of the likely, above 1 more of the unlikely; 0 takes the
+            likeliest token.
+        top_k: Draw from the k likeliest tokens; 0 is off.
+        top_p: Draw from the smallest set of tokens whose probability reaches this share; 1 is off.
+        seed: The same seed, prompt and settings give the same answer.
+        samples: Answers to each prompt.
+        chat: Put the prompt into the model's chat template; ``null`` does so where it has one.
+        stop_tokens: Tokens that end an answer, as text; ``null`` takes the tokenizer's end of text.
+    """
+    from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
+    from rlhf_lightning.rollout.sampler import SamplingConfig
+
+    config = SamplingConfig(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop_tokens=stop_tokens
+    )
+    if samples < 1:
+        raise UserError(f"samples is {samples}; it must be at least 1.")
+    tokenizer = load_tokenizer(model)
+    chat = bool(tokenizer.chat_template) if chat is None else chat
+    answer = _answerer(load_causal_lm(model), tokenizer, config, chat=chat)
+    for number, text in enumerate(_prompts(prompt)):
+        for response in answer(text, samples, seed + number):
+            print(response, flush=True)
+
+
+def _answerer(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", config: "SamplingConfig", *, chat: bool
+) -> Callable[[str, int, int], list[str]]:
+    """Return a function that answers a prompt some number of times."""
+    import torch
+
+    from rlhf_lightning.data.chat import ConversationEncoder
+    from rlhf_lightning.rollout.decoding import CachedSampler
+    from rlhf_lightning.rollout.sampler import resolve_stop_ids
+
+    stop_ids = resolve_stop_ids(tokenizer, config.stop_tokens)
+    stop_token = config.stop_tokens[0] if config.stop_tokens else None
+    encoder = ConversationEncoder(tokenizer, stop_token=stop_token, chat=chat)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sampler = CachedSampler()
+    sampler.setup(model.to(device).eval())
+
+    def answer(prompt: str, samples: int, seed: int) -> list[str]:
+        ids = torch.tensor([encoder.encode_prompt(prompt)] * samples, device=device)
+        with torch.inference_mode():
+            drawn = sampler.sample(ids, torch.ones_like(ids).bool(), config=config, stop_ids=stop_ids, seed=seed)
+        rows = zip(drawn.tokens.tolist(), drawn.lengths.tolist(), strict=True)
+        return [tokenizer.decode(row[:length], skip_special_tokens=True).strip() for row, length in rows]
+
+    return answer
+
+
+def _prompts(prompt: str | None) -> Iterator[str]:
+    """Yield the given prompt, or what is typed in until an empty line or the end of input."""
+    if prompt is not None:
+        yield prompt
+        return
+    invitation = "> " if os.isatty(0) else ""
+    while True:
+        try:
+            line = input(invitation)
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        yield line

@@ -1,0 +1,262 @@
+"""One run, one folder: its config, its checkpoints, its curves, its samples and the model it ends with."""
+
+import contextlib
+import itertools
+import os
+import shutil
+import time
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from rlhf_lightning.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+CONFIG = "config.yaml"
+LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
+_SHARED_CHOICE = "RLHF_LIGHTNING_RUN_DIR"
+
+
+def claim_run_dir(run_dir: str | Path | None, name: str, *, root: str | Path = "runs") -> Path:
+    """Make and return the folder of a run.
+
+    Args:
+        run_dir: What the user asked for. Where this is ``None``, the first free one of ``runs/<name>-1``,
+            ``runs/<name>-2``, ... is taken.
+        name: Kind of the run, such as ``"ppo"``.
+        root: Folder for the runs that were not named.
+
+    Raises:
+        UserError: If several processes were started from outside, which would each choose a folder of its own.
+    """
+    if run_dir is not None:
+        chosen = Path(run_dir)
+        chosen.mkdir(parents=True, exist_ok=True)
+        return chosen
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0 and _SHARED_CHOICE in os.environ:
+        return Path(os.environ[_SHARED_CHOICE])  # The process that started this one has chosen for all.
+    if _SHARED_CHOICE not in os.environ and started_as_one_of_many():
+        raise UserError("this process is one of several (torchrun, srun): name their common folder with --run_dir DIR.")
+    for number in itertools.count(1):
+        chosen = Path(root, f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            chosen.mkdir(parents=True, exist_ok=False)
+            break
+    os.environ[_SHARED_CHOICE] = str(chosen)
+    return chosen
+
+
+def started_as_one_of_many() -> bool:
+    """Return whether torchrun, srun or Lightning started this process as one of several that work together."""
+    return any(int(os.environ.get(name) or 1) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS"))
+
+
+def resolve_checkpoint(ckpt_path: str | None, run_dir: str | Path | None) -> str | None:
+    """Return the checkpoint to start from, as a path that exists; ``None`` starts from the beginning.
+
+    Args:
+        ckpt_path: A file, ``"auto"`` (the run folder's last checkpoint where there is one, else the beginning), or
+            ``"last"`` (the run folder's last checkpoint, which must exist). ``None`` is the beginning.
+        run_dir: The run folder as far as it is known.
+
+    Raises:
+        UserError: If the checkpoint does not exist or is none, or ``"auto"`` and ``"last"`` come without a run folder.
+    """
+    if ckpt_path is None or ckpt_path in ("best", "hpc", "registry") or ckpt_path.startswith("registry:"):
+        return ckpt_path
+    if ckpt_path in ("auto", "last"):
+        if run_dir is None:
+            raise UserError(f"--ckpt_path {ckpt_path} looks into the run folder: name it with --run_dir DIR.")
+        last = Path(run_dir) / LAST_CHECKPOINT
+        if not last.exists() and ckpt_path == "last":
+            raise UserError(
+                f"{last} does not exist, so there is nothing to take up; --ckpt_path auto would start anew."
+            )
+        return str(last) if last.exists() else None
+    path = Path(ckpt_path)
+    if path.is_dir() or zipfile.is_zipfile(path):
+        return str(path)
+    if path.exists():
+        raise UserError(f"{path} is not a checkpoint, or a damaged one; give a .ckpt file that a run has written.")
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise UserError(f"no checkpoint {path}.{did_you_mean(path.name, siblings)}")
+
+
+def refuse_second_run(run_dir: str | Path | None, ckpt_path: str | None) -> None:
+    """Keep a fresh ``fit`` from writing over the checkpoints of an earlier one.
+
+    Raises:
+        UserError: If the folder holds a last checkpoint and this run does not start from any checkpoint.
+    """
+    if run_dir is not None and ckpt_path is None and (Path(run_dir) / LAST_CHECKPOINT).exists():
+        raise UserError(
+            f"{run_dir} already holds a run. Take it up with --ckpt_path auto, or name another folder by --run_dir DIR."
+        )
+
+
+def run_loggers(run_dir: Path) -> "list[Logger]":
+    """Return the loggers of a run: TensorBoard events and ``metrics.jsonl``, both directly in its folder."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from rlhf_lightning.loggers import JSONLLogger
+
+    events = TensorBoardLogger(save_dir=run_dir, name="", version="", default_hp_metric=False)
+    return [events, JSONLLogger(run_dir)]
+
+
+def run_callbacks(command: str, settings: dict[str, Any]) -> list[Callback]:
+    """Return the callbacks of a run that its user has not named himself.
+
+    Args:
+        command: ``fit``, ``validate``, ``test`` or ``predict``; only ``fit`` keeps checkpoints and writes a model.
+        settings: The arguments of the Trainer as the user gave them; what he switched off stays off.
+    """
+    from rlhf_lightning.callbacks import ChartLayout, ExportModel, PhaseProgressBar, SampleTable
+
+    named = as_list(settings.get("callbacks"))
+    wanted: list[type[Callback]] = []
+    if settings.get("enable_progress_bar") is not False:
+        wanted.append(PhaseProgressBar)
+    if not settings.get("fast_dev_run"):
+        wanted += [SampleTable, ChartLayout] + ([ExportModel] if command == "fit" else [])
+    chosen = [cls() for cls in wanted if not any(isinstance(callback, cls) for callback in named)]
+    keeps_last = any(isinstance(c, RunCheckpoint) or getattr(c, "save_last", None) for c in named)
+    if command == "fit" and settings.get("enable_checkpointing") is not False and not keeps_last:
+        chosen.append(RunCheckpoint())
+    return chosen
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return what the Trainer takes as one object, as several or as ``None``, as a list."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+class RunCheckpoint(Checkpoint):
+    """Keep ``checkpoints/last.ckpt`` in the run folder, complete at every moment.
+
+    A checkpoint is written beside its final name, flushed to the disk and moved into place, so that whoever is killed
+    finds the earlier one whole. It is written between two training steps only, at the end of training, and when the
+    process is asked to stop (SIGTERM).
+
+    Args:
+        every_n_minutes: Time between two checkpoints; 0 writes none by the clock. More often loses less work to a
+            kill and spends more time on writing.
+        every_n_steps: Training steps (for PPO: iterations) between two checkpoints; 0 writes none by the count.
+    """
+
+    def __init__(self, every_n_minutes: float = 5.0, every_n_steps: int = 0) -> None:
+        if every_n_minutes < 0 or every_n_steps < 0:
+            raise UserError(
+                f"RunCheckpoint: every_n_minutes is {every_n_minutes} and every_n_steps {every_n_steps}; "
+                "both must be 0 (never) or more."
+            )
+        self.every_n_minutes = every_n_minutes
+        self.every_n_steps = every_n_steps
+        self._saved_step = -1
+        self._saved_time = time.monotonic()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove what a killed run left half-written."""
+        if stage == "fit" and trainer.is_global_zero:
+            _unfinished(self._path(trainer)).unlink(missing_ok=True)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._saved_time = time.monotonic()
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save where the count or the clock says so."""
+        if self._saved_step == trainer.global_step:
+            return
+        due = self.every_n_steps > 0 and trainer.global_step % self.every_n_steps == 0
+        if self.every_n_minutes > 0 and time.monotonic() - self._saved_time > 60 * self.every_n_minutes:
+            due = True
+        if trainer.world_size > 1:
+            due = trainer.strategy.broadcast(due)  # Clocks differ between ranks; the first one's decides.
+        if due:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the end of training."""
+        self._save(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save when asked to stop; Lightning finishes the training step before it says so."""
+        if isinstance(exception, SIGTERMException) and trainer.global_step != self._saved_step:
+            self._save(trainer)
+
+    def _path(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / LAST_CHECKPOINT
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        path = self._path(trainer)
+        unfinished = _unfinished(path)
+        trainer.save_checkpoint(unfinished, weights_only=False)
+        if trainer.is_global_zero:
+            _put_in_place(unfinished, path)
+        trainer.strategy.barrier("RunCheckpoint")
+        self._saved_step, self._saved_time = trainer.global_step, time.monotonic()
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.unfinished")
+
+
+def _put_in_place(written: Path, path: Path) -> None:
+    if written.is_dir():  # A sharded checkpoint.
+        shutil.rmtree(path, ignore_errors=True)
+        written.replace(path)
+        return
+    for name in (written, written.parent):
+        handle = os.open(name, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        if name is written:
+            written.replace(path)
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Write the whole resolved config into the run folder as ``config.yaml``.
+
+    A config that is there already and says something else is kept as ``config.1.yaml``, ``config.2.yaml``, ...
+    ``validate``, ``test`` and ``predict`` write ``config.<command>.yaml``, so that the config of the training stays.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file; called once, on the first rank."""
+        command = str(trainer.state.fn.value) if trainer.state.fn else stage
+        name = CONFIG if command == "fit" else f"config.{command}.yaml"
+        path = Path(trainer.default_root_dir) / name
+        text = self.parser.dump(self.config, skip_none=False)
+        if path.exists():
+            if path.read_text(encoding="utf-8") == text:
+                return
+            path.rename(_next_free(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def _next_free(path: Path) -> Path:
+    number = 1
+    while (taken := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    return taken

@@ -1,0 +1,173 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.run_folder import (
+    LAST_CHECKPOINT,
+    RunCheckpoint,
+    claim_run_dir,
+    refuse_second_run,
+    resolve_checkpoint,
+    run_callbacks,
+    run_loggers,
+)
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "SLURM_NTASKS", "RLHF_LIGHTNING_RUN_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+class OneWeight(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.weight.square().sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def train(folder: Path, *callbacks: Any, steps: int = 5) -> None:
+    trainer = Trainer(
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(OneWeight(), DataLoader(torch.zeros(steps, 1)))  # type: ignore[arg-type]
+
+
+def checkpoint_file(folder: Path) -> Path:
+    path = folder / LAST_CHECKPOINT
+    path.parent.mkdir(parents=True)
+    torch.save({"step": 1}, path)
+    return path
+
+
+def test_unnamed_runs_take_the_first_free_number(tmp_path: Path) -> None:
+    (tmp_path / "ppo-2").mkdir()
+    assert [claim_run_dir(None, "ppo", root=tmp_path).name for _ in range(3)] == ["ppo-1", "ppo-3", "ppo-4"]
+    assert claim_run_dir(tmp_path / "named", "ppo", root=tmp_path) == tmp_path / "named"
+
+
+def test_processes_of_one_run_share_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = claim_run_dir(None, "ppo", root=tmp_path)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert claim_run_dir(None, "ppo", root=tmp_path) == first
+
+
+def test_processes_started_from_outside_must_name_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--run_dir"):
+        claim_run_dir(None, "ppo", root=tmp_path)
+    assert claim_run_dir(tmp_path / "named", "ppo", root=tmp_path).is_dir()
+
+
+def test_auto_takes_the_last_checkpoint_or_the_beginning(tmp_path: Path) -> None:
+    assert resolve_checkpoint("auto", tmp_path) is None
+    last = checkpoint_file(tmp_path)
+    assert resolve_checkpoint("auto", tmp_path) == str(last)
+    assert resolve_checkpoint("last", tmp_path) == str(last)
+    assert resolve_checkpoint(str(last), None) == str(last)
+    assert resolve_checkpoint(None, tmp_path) is None
+
+
+def test_last_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist, so there is nothing to take up"):
+        resolve_checkpoint("last", tmp_path)
+
+
+def test_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    last = checkpoint_file(tmp_path)
+    last.write_bytes(last.read_bytes()[:50])
+    with pytest.raises(UserError, match="not a checkpoint, or a damaged one"):
+        resolve_checkpoint(str(last), None)
+
+
+def test_folder_with_a_run_takes_no_second(tmp_path: Path) -> None:
+    refuse_second_run(tmp_path, None)
+    last = checkpoint_file(tmp_path)
+    refuse_second_run(tmp_path, str(last))
+    with pytest.raises(UserError, match="already holds a run"):
+        refuse_second_run(tmp_path, None)
+
+
+def test_last_checkpoint_is_of_the_end(tmp_path: Path) -> None:
+    train(tmp_path, RunCheckpoint())
+    saved = torch.load(tmp_path / LAST_CHECKPOINT, weights_only=True)
+    assert saved["global_step"] == 5
+    assert saved["state_dict"]["weight"].item() == pytest.approx(0.8**5)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["last.ckpt"]
+
+
+class Watch(RunCheckpoint):
+    """Notes the step of each checkpoint once it is in place."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.steps: list[int] = []
+
+    def _save(self, trainer: Trainer) -> None:
+        super()._save(trainer)
+        self.steps.append(torch.load(self._path(trainer), weights_only=True)["global_step"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"every_n_steps": 2, "every_n_minutes": 0}, [2, 4, 5]),
+        ({"every_n_steps": 0, "every_n_minutes": 0}, [5]),
+        ({"every_n_steps": 0, "every_n_minutes": 1e-9}, [1, 2, 3, 4, 5, 5]),
+    ],
+)
+def test_checkpoints_follow_the_count_and_the_clock(
+    settings: dict[str, float], steps: list[int], tmp_path: Path
+) -> None:
+    watch = Watch(**settings)
+    train(tmp_path, watch)
+    assert watch.steps == steps
+
+
+def test_half_written_checkpoint_of_a_killed_run_is_swept_and_never_taken(tmp_path: Path) -> None:
+    half = tmp_path / LAST_CHECKPOINT.parent / ".last.ckpt.unfinished"
+    half.parent.mkdir()
+    half.write_bytes(b"half")
+    assert resolve_checkpoint("auto", tmp_path) is None
+    train(tmp_path, RunCheckpoint())
+    assert [path.name for path in half.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_negative_interval_is_refused() -> None:
+    with pytest.raises(UserError, match="every_n_steps -1"):
+        RunCheckpoint(every_n_steps=-1)
+
+
+def names_of(command: str, **settings: Any) -> list[str]:
+    return [type(callback).__name__ for callback in run_callbacks(command, settings)]
+
+
+def test_callbacks_of_a_run_depend_on_what_is_run() -> None:
+    assert names_of("fit") == ["PhaseProgressBar", "SampleTable", "ChartLayout", "ExportModel", "RunCheckpoint"]
+    assert names_of("test") == ["PhaseProgressBar", "SampleTable", "ChartLayout"]
+    assert names_of("fit", fast_dev_run=True) == ["PhaseProgressBar", "RunCheckpoint"]
+    assert "RunCheckpoint" not in names_of("fit", enable_checkpointing=False)
+    assert "RunCheckpoint" not in names_of("fit", callbacks=RunCheckpoint(every_n_steps=1))
+    assert "PhaseProgressBar" not in names_of("fit", enable_progress_bar=False)
+
+
+def test_loggers_write_directly_into_the_folder(tmp_path: Path) -> None:
+    assert {Path(str(logger.log_dir)) for logger in run_loggers(tmp_path) if logger.log_dir} == {tmp_path}
