@@ -24,7 +24,8 @@ class PromptDataModule(RowsDataModule[PromptItem, PromptExample, PromptBatch]):
     chat template was applied, text where it was not; its ``rows`` carry all columns, for reward functions to read.
 
     Args:
-        source: As in :class:`~rlhf_lightning.data.preferences.PreferenceDataModule`.
+        source: A ``.jsonl``, ``.json``, ``.csv`` (also with ``.gz``) or ``.parquet`` file, ``builtin:demo/<name>``, or
+            a hub name (``owner/name`` or ``owner/name:config``).
         val_source: Validation rows, named likewise.
         val_size: Rows to take off the source for validation instead, by prompt, so that training shares none with them.
         rollout_batch_size: Prompts per PPO iteration over all processes together, each answered once; more makes an
@@ -81,7 +82,7 @@ class PromptDataModule(RowsDataModule[PromptItem, PromptExample, PromptBatch]):
         for name, number in {"max_prompt_length": max_prompt_length, "text_words": text_words}.items():
             if number is not None and number < 1:
                 raise UserError(f"{name} is {number}; expected at least 1.")
-        self.max_prompt_length = max_prompt_length
+        self.rollout_batch_size, self.max_prompt_length = rollout_batch_size, max_prompt_length
         self.text_words = text_words
 
     def parse(self, row: dict[str, Any]) -> list[PromptItem]:

@@ -18,7 +18,8 @@ class DemonstrationDataModule(RowsDataModule[Demonstration, SequenceExample, Seq
     rows that a ``label`` of false marks as bad (``dropped_unwanted``).
 
     Args:
-        source: As in :class:`~rlhf_lightning.data.preferences.PreferenceDataModule`.
+        source: A ``.jsonl``, ``.json``, ``.csv`` (also with ``.gz``) or ``.parquet`` file, ``builtin:demo/<name>``, or
+            a hub name (``owner/name`` or ``owner/name:config``).
         val_source: Validation rows, named likewise.
         val_size: Rows to take off the source for validation instead, by prompt, so that training shares none with them.
         responses: Which response of a preference pair to learn; ``both`` makes two demonstrations of it.

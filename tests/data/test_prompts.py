@@ -56,9 +56,9 @@ def test_long_prompts_lose_their_beginning_and_are_counted(
 
 def test_validation_batches_may_have_another_size(tmp_path: Path) -> None:
     source = write(tmp_path, [{"prompt": f"Hi {n}"} for n in range(12)])
-    data = prompts(source, val_size=6, rollout_batch_size=4, val_batch_size=5)
-    assert [len(batch.rows) for batch in data.val_dataloader()] == [3, 3]
-    assert [len(batch.rows) for batch in data.train_dataloader()] == [4, 4]
+    data = prompts(source, val_size=3, rollout_batch_size=3, val_batch_size=2)
+    assert [len(batch.rows) for batch in data.val_dataloader()] == [2, 1]
+    assert [len(batch.rows) for batch in data.train_dataloader()] == [3, 3, 3]
 
 
 def test_numbers_out_of_range_are_refused() -> None:

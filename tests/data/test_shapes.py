@@ -81,6 +81,11 @@ def test_a_reply_that_itself_contains_a_turn_mark_is_one_reply() -> None:
     assert parse_pair(row, chat=False) == Pair(HH, " one\n\nAssistant: two", " no")
 
 
+def test_an_empty_piece_of_a_reply_leaves_no_trace() -> None:
+    row = {"chosen": HH + " one\n\nAssistant:", "rejected": HH + " no"}
+    assert parse_pair(row) == Pair(HH_PROMPT, "one", "no")
+
+
 def test_an_empty_reply_is_a_reply() -> None:
     assert parse_pair({"chosen": HH + " yes", "rejected": HH}) == Pair(HH_PROMPT, "yes", "")
 
