@@ -1,0 +1,205 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from rlhf_lightning.__main__ import main
+from rlhf_lightning.data.chat import ConversationEncoder
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.evaluation.compare import compare
+from rlhf_lightning.evaluation.generations import sample_responses
+from rlhf_lightning.models.export import write_model_folder
+from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
+from rlhf_lightning.rollout.reward_sources import FunctionReward, RewardModel
+from rlhf_lightning.rollout.sampler import SamplingConfig
+
+SAMPLING = SamplingConfig(max_new_tokens=8)
+
+
+def words(prompts: list[Any], responses: list[str]) -> list[float]:
+    return [float(len(response.split())) for response in responses]
+
+
+def run(models: dict[str, str], output: Path, **more: Any) -> dict[str, str]:
+    settings = {"prompts": "builtin:demo/eval_prompts", "sampling": SAMPLING, "limit": 20, **more}
+    return compare(models=models, output=str(output), **settings)
+
+
+def read(result: dict[str, str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    samples = Path(result["samples"]).read_text(encoding="utf-8").splitlines()
+    return json.loads(Path(result["json"]).read_text(encoding="utf-8")), [json.loads(line) for line in samples]
+
+
+def test_two_models(tiny_models: dict[str, str], tmp_path: Path, metrics_file: Path) -> None:
+    result = run(
+        tiny_models,
+        tmp_path,
+        reward=FunctionReward(f"{__file__}:words"),
+        text_metrics={"human": "rlhf_lightning.demo.voice:human_voice"},
+        curves={"ppo": str(metrics_file)},
+    )
+    report, samples = read(result)
+    base, other = report["models"]
+    ours, theirs = ([row for row in samples if row["model"] == name] for name in ("base", "other"))
+    assert [row["row"] for row in ours] == list(range(20))
+    assert ours[0]["prompt"] == theirs[0]["prompt"]
+    gains = [b["score"] - a["score"] for a, b in zip(ours, theirs, strict=True)]
+    assert all(row["score"] == len(row["response"].split()) for row in samples)
+    assert other["score_difference"]["mean"] == pytest.approx(sum(gains) / 20)
+    assert other["win_rate"]["mean"] == pytest.approx(sum((g > 0) + 0.5 * (g == 0) for g in gains) / 20)
+    assert other["kl"]["mean"] == pytest.approx(sum(row["kl"] for row in theirs) / 20)
+    assert other["kl"]["low"] > 0
+    assert (base["kl"]["mean"], base["win_rate"], base["score_difference"]) == (0.0, None, None)
+    assert (report["format"], report["base"]) == ("rlhf_lightning.comparison/1", "base")
+    assert report["prompts"] == {"source": "builtin:demo/eval_prompts", "count": 20, "available": 240}
+    assert report["sampling"]["max_new_tokens"] == 8
+    page = Path(result["report"]).read_text(encoding="utf-8")
+    assert "other against base" in page
+    assert "<figcaption>Score</figcaption>" in page
+    assert "human (share of responses)" in result["table"]
+
+
+def test_a_model_against_itself(tiny_models: dict[str, str], tmp_path: Path) -> None:
+    twins = {"one": tiny_models["base"], "two": tiny_models["base"]}
+    report, samples = read(run(twins, tmp_path, reward=FunctionReward(f"{__file__}:words"), base="two"))
+    one = report["models"][0]
+    assert one["kl"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert one["win_rate"]["mean"] == 0.5
+    assert one["score_difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert [row["response"] for row in samples[::2]] == [row["response"] for row in samples[1::2]]
+
+
+def test_the_same_seed_gives_the_same_report(tiny_models: dict[str, str], tmp_path: Path) -> None:
+    first, again, other = (
+        read(run(tiny_models, tmp_path / name, seed=seed, batch_size=size))
+        for name, seed, size in (("a", 1, 64), ("b", 1, 7), ("c", 2, 64))
+    )
+    assert [row["response"] for row in first[1]] == [row["response"] for row in again[1]]
+    assert first[0]["models"][1]["kl"]["mean"] == pytest.approx(again[0]["models"][1]["kl"]["mean"], abs=1e-4)
+    assert [row["prompt"] for row in first[1]] != [row["prompt"] for row in other[1]]
+
+
+def test_a_pretrained_model_of_plain_text(shared_data: Path, tmp_path: Path) -> None:
+    folder = str(shared_data / "models" / "stories260K")
+    result = run(
+        {"base": folder, "same": folder},
+        tmp_path,
+        prompts=str(shared_data / "tinystories" / "eval.jsonl"),
+        chat=False,
+        text_words=6,
+        limit=8,
+        sampling=SamplingConfig(max_new_tokens=400, stop_tokens=["<s>"]),
+        reward=FunctionReward(f"{__file__}:words"),
+    )
+    report, samples = read(result)
+    same = report["models"][1]
+    assert (same["kl"]["mean"], same["win_rate"]["mean"]) == (0.0, 0.5)
+    assert 0 < same["finished"]["mean"] < 1  # some stories end within 400 tokens, by the BOS token
+    assert all(len(row["prompt"].split()) == 6 for row in samples)
+    assert not any("<s>" in row["response"] for row in samples)
+
+
+def test_the_command_line(tiny_models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {
+        "models": tiny_models,
+        "prompts": "builtin:demo/eval_prompts",
+        "output": str(tmp_path / "elsewhere"),
+        "sampling": {"max_new_tokens": 4},
+        "limit": 3,
+        "reward": {"class_path": "FunctionReward", "init_args": {"function": f"{__file__}:words"}},
+    }
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump(config))
+    assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "Win rate (against base, ties half)" in printed
+    assert str(tmp_path / "out" / "report.html") in printed
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base": "bse"}, r"base is 'bse', which is none of the models base, other. Did you mean 'base'\?"),
+        ({"models": {}}, "models is empty"),
+        ({"models": {"base": "runs/none/here/model"}}, "'runs/none/here/model' does not exist"),
+        ({"models": {"base": "builtin:demo"}}, "models.base: the folder 'builtin:demo' has no weights"),
+        ({"prompts": "none.jsonl"}, "'none.jsonl' does not exist"),
+        ({"prompts": "builtin:demo/eval_promts"}, "eval_prompts"),
+        ({"prompts": "EMPTY"}, "holds no rows"),
+        ({"text_metrics": {"human": "rlhf_lightning.demo.voice:humn_voice"}}, "Did you mean 'human_voice'"),
+        ({"text_metrics": {"score": "rlhf_lightning.demo.voice:human_voice"}}, "'score' is a name of the report's own"),
+        ({"curves": {"ppo": "none/metrics.jsonl"}}, "curves.ppo: 'none/metrics.jsonl' does not exist"),
+        ({"limit": 0}, "limit is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"device": "cudda"}, "device is 'cudda'"),
+        ({"sampling": SamplingConfig(max_new_tokens=250)}, "do not fit into its 256 positions"),
+        ({"sampling": SamplingConfig(stop_tokens=["<|im_ed|>"])}, "stop token '<|im_ed|>' is not in"),
+        ({"output": "FILE"}, "is a file; give a folder"),
+        ({"reward": object()}, "reward is a object, which has no score"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    tiny_models: dict[str, str], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "file").write_text("")
+    stands_for = {"EMPTY": str(tmp_path / "empty.jsonl"), "FILE": str(tmp_path / "file")}
+    settings: dict[str, Any] = {
+        "models": tiny_models,
+        "prompts": "builtin:demo/eval_prompts",
+        "output": str(tmp_path / "out"),
+        "sampling": SAMPLING,
+        "limit": 2,
+        **{key: stands_for.get(value, value) if isinstance(value, str) else value for key, value in change.items()},
+    }
+    with pytest.raises(UserError, match=message.replace("|", r"\|")) as refusal:
+        compare(**settings)
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_of_different_tokenizers_are_refused(
+    tiny_models: dict[str, str], tmp_path: Path, shared_data: Path
+) -> None:
+    strange = str(shared_data / "models" / "stories260K")
+    with pytest.raises(UserError, match="'base' and 'story' have different tokenizers"):
+        run({"base": tiny_models["base"], "story": strange}, tmp_path)
+
+
+def test_models_of_different_templates_are_refused(tiny_models: dict[str, str], tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny_models["other"])
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    write_model_folder(tmp_path / "model", load_causal_lm(tiny_models["other"]), tokenizer)
+    with pytest.raises(UserError, match="turn the same prompts into different tokens"):
+        run({"base": tiny_models["base"], "other": str(tmp_path / "model")}, tmp_path / "out")
+
+
+def test_a_diverged_model_is_refused(tiny_models: dict[str, str], tmp_path: Path) -> None:
+    model = load_causal_lm(tiny_models["other"])
+    torch.nn.init.constant_(model.get_input_embeddings().weight, torch.nan)
+    write_model_folder(tmp_path / "model", model, load_tokenizer(tiny_models["other"]))
+    with pytest.raises(UserError, match="not finite; its training has diverged"):
+        run({"base": tiny_models["base"], "other": str(tmp_path / "model")}, tmp_path / "out")
+
+
+def test_a_reward_model_scores_the_very_tokens(tiny_models: dict[str, str], tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(2)
+    scorer = AutoModelForSequenceClassification.from_pretrained(tiny_models["base"], num_labels=1)
+    write_model_folder(tmp_path / "reward", scorer, load_tokenizer(tiny_models["base"]))
+    reward = RewardModel(str(tmp_path / "reward"), batch_size=3)
+    _, samples = read(run({"base": tiny_models["base"]}, tmp_path / "out", reward=reward, limit=8))
+
+    encoder = ConversationEncoder(load_tokenizer(tiny_models["base"]))
+    model = load_causal_lm(tiny_models["base"]).eval()
+    ids = [encoder.encode_prompt(row["prompt"]) for row in samples]
+    sequences, _ = sample_responses(model, ids, config=SAMPLING, stop_ids=[4], seed=0, batch_size=64)
+    for row in range(8):
+        one = sequences.input_ids[row : row + 1, : int(sequences.lengths[row])]
+        hidden = scorer.model(one).last_hidden_state[:, -1]
+        assert samples[row]["score"] == pytest.approx(float(scorer.score(hidden).detach()), abs=1e-4)
