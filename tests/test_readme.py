@@ -1,0 +1,74 @@
+"""What the README shows works: its Python runs, its commands parse, its keys are those that are logged."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from rlhf_lightning.__main__ import COMMANDS, TRAINER_COMMANDS
+from rlhf_lightning.cli import check_command
+from rlhf_lightning.commands import check_function_command
+from rlhf_lightning.stages import read_pipeline
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = "\n".join(blocks("bash")).splitlines()
+    parts = [part for line in lines for part in line.split("&&")]
+    words = [shlex.split(part, comments=True) for part in parts]
+    ours = []
+    for argv in words:
+        if argv[:1] == ["rlhf-lightning"]:
+            ours.append(argv[1:])
+        elif "rlhf_lightning" in argv and argv[argv.index("rlhf_lightning") - 1] == "-m":
+            ours.append(argv[argv.index("rlhf_lightning") + 1 :])
+    return ours
+
+
+def test_every_kind_of_command_is_shown() -> None:
+    assert {argv[0] for argv in commands()} >= set(COMMANDS) - {"test", "predict"}
+
+
+@pytest.mark.parametrize("argv", commands(), ids=" ".join)
+def test_a_command_parses(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    if argv[0] == "pipeline":
+        assert read_pipeline(argv[argv.index("--config") + 1])[1]
+    elif argv[0] in TRAINER_COMMANDS:
+        if "--print_config" in argv:
+            with pytest.raises(SystemExit) as ending:
+                check_command(argv)
+            assert ending.value.code in (0, None)
+        else:
+            check_command(argv)
+    else:
+        check_function_command(argv[0], argv[1:])
+
+
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    example = next(block for block in blocks("python") if "Trainer" in block)
+    exec(compile(example, "README.md", "exec"), {})
+    from transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "my-model").num_parameters() > 0
+
+
+def test_the_reward_function_example_scores_each_response() -> None:
+    names: dict[str, object] = {}
+    example = next(block for block in blocks("python") if "def concise" in block)
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["concise"](["p", "p"], ["12345", ""]) == [-0.05, 0.0]  # type: ignore[operator]
+
+
+def test_every_local_link_leads_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", TEXT)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
