@@ -23,6 +23,16 @@ def global_sum(tensor: Tensor) -> Tensor:
     return total
 
 
+def global_max(tensor: Tensor) -> Tensor:
+    """Return the largest value of a tensor over all processes, the same on each; NaN counts as largest."""
+    if not is_distributed():
+        return tensor
+    # Some backends drop NaN in a maximum, none in a gather.
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    torch.distributed.all_gather(parts, tensor)
+    return torch.stack(parts).amax(dim=0)
+
+
 def global_mean_var(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance of what counts, over all processes, in float32.
 

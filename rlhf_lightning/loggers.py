@@ -51,8 +51,8 @@ class JSONLines:
 
     def write(self, *rows: Mapping[str, Any]) -> None:
         """Append one line for each row, in one write."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self._repaired:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             self.last_row()
         text = "".join(json.dumps(to_json(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         with self.path.open("a", encoding="utf-8") as file:

@@ -87,6 +87,15 @@ class AdaptiveKL(KLControl):
         self.target, self.horizon = target, horizon
 
     def update(self, sequence_kl: float, num_sequences: int) -> None:
-        """Move the coefficient one step."""
+        """Move the coefficient one step.
+
+        Raises:
+            UserError: If an iteration has more sequences than the horizon, which would make the step wild.
+        """
+        if num_sequences > self.horizon:
+            raise UserError(
+                f"AdaptiveKL: horizon is {self.horizon}, but an iteration has {num_sequences} sequences; make it several "
+                "times as large."
+            )
         error = min(max(sequence_kl / self.target - 1, -0.2), 0.2)
         self.coef *= 1 + error * num_sequences / self.horizon

@@ -1,5 +1,6 @@
 """Teacher-forced passes of a causal language model over prompts and responses."""
 
+import inspect
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -32,8 +33,8 @@ def response_pass(
 ) -> ResponsePass:
     """Run the model over whole sequences and read the distributions before each response token.
 
-    The vocabulary head runs at those positions alone. Right padding stands behind everything that looks back, so the
-    plain causal mask serves and positions count from 0.
+    The vocabulary head runs at those positions alone, where the family does no more with it than multiply. Right
+    padding stands behind everything that looks back, so the plain causal mask serves and positions count from 0.
 
     Args:
         model: A causal language model of transformers.
@@ -43,7 +44,8 @@ def response_pass(
     """
     rows, columns = batch.predicting_positions()
     hidden, logits = _hidden_and_logits(model, batch.input_ids, rows, columns)
-    logits = logits.float() / temperature
+    # A quotient by 1 would be one more tensor of the size of the vocabulary, forwards and backwards.
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
     mask = batch.response_mask
     logprobs = _into_place(logprobs_from_logits(logits, batch.response_tokens[mask]), mask)
     with torch.no_grad():
@@ -73,6 +75,11 @@ def head_is_plain(model: Any) -> bool:
     return _PLAIN_HEADS[model]
 
 
+def takes_logits_to_keep(model: nn.Module) -> bool:
+    """Tell whether the model's forward can be asked for the logits of the last positions alone."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
 @torch.no_grad()
 def _probe_head(model: Any, head: nn.Module) -> bool:
     device = next(model.parameters()).device
@@ -86,8 +93,11 @@ def _hidden_and_logits(model: Any, ids: Tensor, rows: Tensor, columns: Tensor) -
     if head_is_plain(model):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[rows, columns]
         return hidden, model.get_output_embeddings()(hidden)
-    output = model(input_ids=ids, use_cache=False, output_hidden_states=True)
-    return output.hidden_states[-1][rows, columns], output.logits[rows, columns]
+    # Then the head runs at every position from the first wanted one on.
+    first = int(columns.min()) if len(columns) and takes_logits_to_keep(model) else 0
+    cut = {"logits_to_keep": ids.shape[1] - first} if first else {}
+    output = model(input_ids=ids, use_cache=False, output_hidden_states=True, **cut)
+    return output.hidden_states[-1][rows, columns], output.logits[rows, columns - first]
 
 
 def _into_place(flat: Tensor, mask: Tensor) -> Tensor:

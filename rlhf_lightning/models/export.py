@@ -99,7 +99,6 @@ def _rebuild(folder: Path, packed: dict[str, Any], state_dict: dict[str, torch.T
     prefix = packed["prefix"]
     weights = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
     model.load_state_dict(weights, strict=True)
-    model.tie_weights()
     if (folder / "generation_config.json").is_file() and not is_scalar:
         from transformers import GenerationConfig
 

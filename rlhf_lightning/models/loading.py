@@ -39,8 +39,8 @@ def resolve_model(name: str) -> str:
         return str(path)
     if path.exists():
         raise UserError(f"model {name!r} is a file; give the Hugging Face folder that holds config.json and weights.")
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        parent = path.parent
+    parent = path.parent
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or ("/" in name and parent.is_dir()):
         siblings = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
         raise UserError(f"model folder {name!r} does not exist.{did_you_mean(path.name, siblings)}")
     return name

@@ -1,8 +1,8 @@
 """The samplers that run in this process: our decode loop, and transformers' ``generate`` as its reference."""
 
+import contextlib
 import copy
-import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import position_ids_from_mask, response_lengths
-from rlhf_lightning.models.causal_lm import head_is_plain
+from rlhf_lightning.models.causal_lm import head_is_plain, takes_logits_to_keep
 from rlhf_lightning.rollout.cache import preallocated_cache
-from rlhf_lightning.rollout.sampler import Progress, Samples, SamplingConfig, draw_tokens, row_uniforms
+from rlhf_lightning.rollout.sampler import Progress, Samples, SamplingConfig, draw_tokens, refuse_nan, row_uniforms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,6 +98,7 @@ class CachedSampler(_LocalSampler):
             state = _Decoding(self.model, prompt_ids[rows], attention_mask[rows], config, stop_ids)
             state.run(uniforms[rows], report)
             tokens[rows], logprobs[rows] = state.tokens, state.logprobs
+        refuse_nan(logprobs)
         lengths, finished = response_lengths(tokens, stop_ids)
         width = int(lengths.max())
         return Samples(tokens[:, :width], lengths, finished, logprobs[:, :width])
@@ -123,7 +124,7 @@ class _Decoding:
         self.prompt_ids, self.prompt_size = prompt_ids, prompt_ids.shape[1]
         self.mask = torch.cat([mask, mask.new_ones(batch, steps)], dim=1)
         self.cache = preallocated_cache(model.config, self.prompt_size + steps)
-        self.can_cut = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.last_logits = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
 
     def run(self, uniforms: Tensor, progress: Progress | None) -> None:
         """Decode until every row has stopped or is full."""
@@ -159,8 +160,7 @@ class _Decoding:
         if head_is_plain(self.model):
             hidden = self.model.base_model(**arguments).last_hidden_state[:, -1]
             return self.model.get_output_embeddings()(hidden)
-        # transformers takes all positions through the head unless told; the prompt's are not wanted.
-        return self.model(**arguments, **({"logits_to_keep": 1} if self.can_cut else {})).logits[:, -1]
+        return self.model(**arguments, **self.last_logits).logits[:, -1]
 
     def _compact(self, keep: Tensor, *rows: Tensor) -> list[Tensor]:
         """Drop rows from the cache; what was drawn for them stays in ``tokens``."""
@@ -200,23 +200,38 @@ class TransformersSampler(_LocalSampler):
                 progress(step + 1, config.max_new_tokens)
             return torch.full_like(logits, -torch.inf).scatter(1, drawn[:, None], 0.0)
 
-        output = self.model.generate(
-            prompt_ids,
-            attention_mask=attention_mask.long(),
-            logits_processor=LogitsProcessorList([choose]),
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=config.max_new_tokens,
-                eos_token_id=list(stop_ids),
-                pad_token_id=stop_ids[0],
-            ),
-        )
+        with _without_published_settings(self.model):
+            output = self.model.generate(
+                prompt_ids,
+                attention_mask=attention_mask.long(),
+                logits_processor=LogitsProcessorList([choose]),
+                generation_config=GenerationConfig(
+                    do_sample=False,
+                    max_new_tokens=config.max_new_tokens,
+                    eos_token_id=list(stop_ids) or None,
+                    pad_token_id=0,
+                ),
+            )
         tokens = output[:, width:]
+        refuse_nan(logprobs)
         lengths, finished = response_lengths(tokens, stop_ids)
         counts = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         size = int(lengths.max())
         tokens, logprobs = torch.where(counts, tokens, 0), torch.where(counts, logprobs[:, : tokens.shape[1]], 0.0)
         return Samples(tokens[:, :size], lengths, finished, logprobs[:, :size])
+
+
+@contextlib.contextmanager
+def _without_published_settings(model: "PreTrainedModel") -> Iterator[None]:
+    """Hide a model's generation config, whose penalties and filters ``generate`` puts where ours says nothing."""
+    from transformers import GenerationConfig
+
+    published = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = published
 
 
 def _restore_rotary_frequencies(rounded: "PreTrainedModel", exact: "PreTrainedModel") -> None:

@@ -169,16 +169,33 @@ def draw_tokens(
     if step < config.min_new_tokens:
         logits = logits.index_fill(1, stop_ids, -torch.inf)
     if config.temperature == 0:
-        tokens = logits.argmax(dim=-1)
-        return tokens, torch.zeros_like(tokens, dtype=torch.float32)
+        largest, tokens = logits.max(dim=-1)
+        return tokens, largest - largest  # 0, the log of 1; NaN where the logits are not finite
     logits = _filter(logits / config.temperature, config)
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
     total = cumulative[:, -1:]
     # The target stays below the total, and `right` passes over tokens of probability zero.
     target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    tokens = tokens.clamp(max=logits.shape[-1] - 1)  # beyond the end only for NaN, which refuse_nan names
     logprobs = logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
     return tokens, logprobs
+
+
+def refuse_nan(logprobs: Tensor) -> None:
+    """Refuse samples that were drawn from no distribution.
+
+    Args:
+        logprobs: Of the tokens drawn, any shape.
+
+    Raises:
+        UserError: If one is not finite.
+    """
+    if not bool(torch.isfinite(logprobs).all()):
+        raise UserError(
+            "the model's logits are not finite, so nothing can be drawn from them; its weights are damaged, or an "
+            "update has blown up (lower the learning rate, or go back to an earlier checkpoint)."
+        )
 
 
 def _filter(logits: Tensor, config: SamplingConfig) -> Tensor:

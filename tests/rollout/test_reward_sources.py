@@ -1,0 +1,314 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.functional.sequences import SequenceBatch, pad_sequences
+from rlhf_lightning.models.loading import load_tokenizer
+from rlhf_lightning.rollout.reward_sources import (
+    FunctionReward,
+    RewardModel,
+    RewardSource,
+    Scores,
+    ScoringBatch,
+    WeightedSum,
+    columns_of,
+    load_function,
+    same_tokenization,
+)
+
+REWARDS = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Bonus:
+    amount: float = 0.5
+
+def length(prompts, responses):
+    return [len(response) for response in responses]
+
+def exact(prompts, responses, answer):
+    return [float(response == wanted) for response, wanted in zip(responses, answer)]
+
+def everything(prompts, responses, **columns):
+    return [len(columns) + Bonus().amount] * len(responses)
+
+def own_names(prompt, response, *, answer=None):
+    return [float(text.endswith(reply)) for text, reply in zip(prompt, response)]
+
+def own_names_and_everything(prompt, response, **columns):
+    return [float("prompt" not in columns)] * len(response)
+
+def short(prompts, responses):
+    return [1.0]
+
+def words(prompts, responses):
+    return ["good"] * len(responses)
+
+def missing(prompts, responses):
+    return [1.0, float("nan")]
+
+def nothing(prompts, responses):
+    pass
+
+number = 3
+"""
+
+
+@pytest.fixture
+def rewards(tmp_path: Path) -> str:
+    """File of reward functions."""
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    return str(tmp_path / "my_rewards.py")
+
+
+def scoring_batch(
+    rows: list[tuple[list[int], list[int]]] | None = None,
+    *,
+    prompts: list[Any] | None = None,
+    responses: list[str] | None = None,
+    finished: list[bool] | None = None,
+    columns: list[dict[str, Any]] | None = None,
+) -> ScoringBatch:
+    """Return two responses to be scored."""
+    rows = rows or [([5, 6], [7, 2]), ([8], [9])]
+    ids, _ = pad_sequences([prompt + response for prompt, response in rows], pad_id=0)
+    lengths = torch.tensor([[len(prompt), len(response)] for prompt, response in rows])
+    return ScoringBatch(
+        sequences=SequenceBatch(ids, lengths[:, 0], lengths[:, 1]),
+        finished=torch.tensor(finished or [True, False]),
+        prompts=prompts or ["q one", "q"],
+        responses=responses or ["one", "two!"],
+        rows=columns or [{"prompt": "q one", "answer": "one"}, {"prompt": "q", "answer": "two"}],
+    )
+
+
+class TestFunctions:
+    def test_it_is_called_once_with_the_batch(self, rewards: str) -> None:
+        scores = FunctionReward(f"{rewards}:length").score(scoring_batch())
+        assert scores.total.tolist() == [3, 4]
+        assert scores.total.dtype == torch.float32
+        assert {name: part.tolist() for name, part in scores.parts.items()} == {"length": [3, 4]}
+        assert list(FunctionReward(f"{rewards}:length", name="size").score(scoring_batch()).parts) == ["size"]
+
+    def test_it_gets_the_columns_that_it_names(self, rewards: str) -> None:
+        assert FunctionReward(f"{rewards}:exact").score(scoring_batch()).total.tolist() == [1, 0]
+        assert FunctionReward(f"{rewards}:everything").score(scoring_batch()).total.tolist() == [2.5, 2.5]
+
+    def test_it_may_name_prompts_and_responses_as_it_likes(self, rewards: str) -> None:
+        # The rows have a column `prompt` too, which must not come in under that name a second time.
+        assert FunctionReward(f"{rewards}:own_names").score(scoring_batch()).total.tolist() == [1, 0]
+        everything = FunctionReward(f"{rewards}:own_names_and_everything")
+        assert everything.score(scoring_batch()).total.tolist() == [1, 1]
+
+    def test_a_column_that_is_not_there(self, rewards: str) -> None:
+        batch = scoring_batch(columns=[{"prompt": "q", "answers": "one"}] * 2)
+        with pytest.raises(UserError) as error:
+            FunctionReward(f"{rewards}:exact").score(batch)
+        assert str(error.value) == (
+            "reward function 'exact' asks for the column 'answer', but the prompts' rows have prompt, answers. "
+            "Did you mean 'answers'?"
+        )
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("short", "'short' returned 1 scores for 2 responses"),
+            ("words", "'words' must return numbers: could not convert string to float"),
+            ("missing", "'missing' returned nan for the response 'two!'; scores must be finite"),
+            ("nothing", "'nothing' returned None; it must return one number for each response"),
+        ],
+    )
+    def test_what_it_returns_is_checked(self, rewards: str, name: str, message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            FunctionReward(f"{rewards}:{name}").score(scoring_batch())
+
+    @pytest.mark.parametrize(
+        ("path", "message"),
+        [
+            ("no_colon", "must have the form package.module:name or path/to/file.py:name"),
+            ("statistics:", "must have the form"),
+            ("no_such_package.rewards:f", "no module 'no_such_package' can be imported"),
+            ("none.py:f", "the file 'none.py' does not exist"),
+            ("statistics:meen", "statistics has no function 'meen'. Did you mean 'mean'?"),
+            ("math:pi", "math has no function 'pi'"),
+        ],
+    )
+    def test_a_path_that_leads_nowhere(self, path: str, message: str) -> None:
+        with pytest.raises(UserError) as error:
+            load_function(path)
+        assert message in str(error.value)
+
+    def test_functions_of_installed_modules(self) -> None:
+        assert load_function("statistics:mean")([1, 2, 6]) == 3  # type: ignore[comparison-overlap]
+
+    def test_rows_become_columns(self) -> None:
+        rows = [{"a": 1, "responses": "x"}, {"b": 2, "prompts": "y"}]
+        assert columns_of(rows) == {"a": [1, None], "b": [None, 2]}
+
+
+class Constant(RewardSource):
+    """Gives fixed scores."""
+
+    def __init__(self, name: str, scores: list[float]) -> None:
+        super().__init__()
+        self.name, self.scores = name, torch.tensor(scores)
+        self.tokenizer: Any = None
+
+    def setup(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def score(self, batch: ScoringBatch) -> Scores:
+        return Scores(self.scores, {self.name: self.scores})
+
+
+class TestWeightedSum:
+    def test_by_hand(self, word_tokenizer: PreTrainedTokenizerFast) -> None:
+        parts = [Constant("kind", [1.0, 2.0]), Constant("long", [10.0, 30.0])]
+        source = WeightedSum(list(parts), [2.0, -0.1])
+        source.setup(word_tokenizer)
+        assert [part.tokenizer for part in parts] == [word_tokenizer] * 2
+        scores = source.score(scoring_batch())
+        torch.testing.assert_close(scores.total, torch.tensor([1.0, 1.0]))  # 2 - 1 and 4 - 3
+        # Each is logged as it came, before its weight.
+        assert {name: part.tolist() for name, part in scores.parts.items()} == {"kind": [1, 2], "long": [10, 30]}
+
+    def test_mistakes(self) -> None:
+        with pytest.raises(UserError, match="1 rewards but 2 weights"):
+            WeightedSum([Constant("a", [1.0])], [1.0, 2.0])
+        with pytest.raises(UserError, match="0 rewards but 0 weights"):
+            WeightedSum([], [])
+        with pytest.raises(UserError, match=r"the names \['a', 'a'\] are not distinct"):
+            WeightedSum([Constant("a", [1.0]), Constant("a", [1.0])], [1.0, 2.0])
+
+
+@pytest.fixture
+def reward_model(
+    make_model: Callable[..., PreTrainedModel], word_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> tuple[str, PreTrainedModel]:
+    """Folder of a reward model with the tokenizer of words, and the model."""
+    model = make_model("llama", scalar=True, pad_token_id=None, scored_token_id=2)
+    model.save_pretrained(tmp_path / "reward")
+    word_tokenizer.save_pretrained(tmp_path / "reward")
+    return str(tmp_path / "reward"), model
+
+
+@torch.no_grad()
+def scores_of(model: PreTrainedModel, rows: list[list[int]]) -> list[float]:
+    """Return what transformers' own forward says of each row alone, read at its last token."""
+    return [float(model(input_ids=torch.tensor([row])).logits) for row in rows]
+
+
+class TestRewardModel:
+    def test_with_the_policys_tokenizer_it_reads_the_policys_tokens(
+        self, reward_model: tuple[str, PreTrainedModel], word_tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        path, model = reward_model
+        source = RewardModel(path, name="rm")
+        source.setup(word_tokenizer)
+        assert source.same_tokens
+        assert source.scored_token_id == 2
+        # Text that says otherwise is not looked at.
+        scores = source.score(scoring_batch(responses=["w30", "w31"]))
+        assert scores.total.tolist() == pytest.approx(scores_of(model, [[5, 6, 7, 2], [8, 9]]), abs=1e-5)
+        assert torch.equal(scores.parts["rm"], scores.total)
+        assert not scores.total.requires_grad
+        assert not any(parameter.requires_grad for parameter in source.parameters())
+        assert not source.scalar.model.training
+
+    def test_another_tokenizer_reads_the_conversation_in_its_own_template(
+        self, reward_model: tuple[str, PreTrainedModel]
+    ) -> None:
+        path, model = reward_model
+        source = RewardModel(path)
+        source.setup(load_tokenizer("builtin:demo"))
+        assert not source.same_tokens
+        batch = scoring_batch(
+            prompts=[[{"role": "user", "content": "w5 w6"}], [{"role": "user", "content": "w7"}]],
+            responses=["w8 w9", "w10 w11 w12"],
+            finished=[True, False],
+        )
+        # <|user|> w5 w6 <|end|> w8 w9 <|end|>; the second never stopped, so it has no end to be read at.
+        expected = scores_of(model, [[1, 5, 6, 2, 8, 9, 2], [1, 7, 2, 10, 11, 12]])
+        assert source.score(batch).total.tolist() == pytest.approx(expected, abs=1e-5)
+
+    def test_plain_text_goes_without_a_template(self, reward_model: tuple[str, PreTrainedModel]) -> None:
+        path, model = reward_model
+        source = RewardModel(path)
+        source.setup(load_tokenizer("builtin:demo"))
+        batch = scoring_batch(prompts=["w5 w6", "w7"], responses=[" w8 w9", " w10"], finished=[True, True])
+        expected = scores_of(model, [[5, 6, 8, 9, 2], [7, 10, 2]])
+        assert source.score(batch).total.tolist() == pytest.approx(expected, abs=1e-5)
+
+    @pytest.mark.parametrize("batch_size", [1, 2, 3, 32])
+    def test_the_cut_into_batches_changes_nothing(
+        self, reward_model: tuple[str, PreTrainedModel], word_tokenizer: PreTrainedTokenizerFast, batch_size: int
+    ) -> None:
+        path, model = reward_model
+        rows = [([5], [6, 7, 8, 9]), ([10, 11, 12], [2]), ([13], [14]), ([15, 16], [17, 18, 19]), ([20], [21, 2])]
+        source = RewardModel(path, batch_size=batch_size)
+        source.setup(word_tokenizer)
+        shapes: list[torch.Size] = []
+        embedding = source.scalar.model.get_input_embeddings()
+        embedding.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+        scores = source.score(scoring_batch(rows)).total.tolist()
+        assert scores == pytest.approx(scores_of(model, [prompt + response for prompt, response in rows]), abs=1e-5)
+        assert max(shape[0] for shape in shapes) == min(batch_size, 5)
+        if batch_size == 2:
+            assert [shape[1] for shape in shapes] == [5, 4, 2]  # longest first, each group no wider than it must be
+
+    def test_it_is_loaded_once(
+        self, reward_model: tuple[str, PreTrainedModel], word_tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        source = RewardModel(reward_model[0])
+        source.setup(word_tokenizer)
+        scalar = source.scalar
+        source.setup(word_tokenizer)
+        assert source.scalar is scalar
+
+    def test_mistakes(self, word_tokenizer: PreTrainedTokenizerFast) -> None:
+        with pytest.raises(UserError, match="batch_size is 0; it must be at least 1"):
+            RewardModel("x", batch_size=0)
+        with pytest.raises(UserError, match="not a reward model"):
+            RewardModel("builtin:demo").setup(word_tokenizer)
+
+
+class TestSameTokenization:
+    @staticmethod
+    def words(*names: str, splitter: Any = None, template: str | None = None) -> PreTrainedTokenizerFast:
+        backend = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="a"))
+        backend.pre_tokenizer = splitter or pre_tokenizers.WhitespaceSplit()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="a")
+        tokenizer.chat_template = template
+        return tokenizer
+
+    def test_equal_ones(self) -> None:
+        assert same_tokenization(self.words("a", "b"), self.words("a", "b"))
+
+    def test_one_may_have_a_special_token_more(self) -> None:
+        policy, reward = self.words("a", "b"), self.words("a", "b")
+        reward.add_special_tokens({"pad_token": "<|pad|>"})
+        assert same_tokenization(policy, reward)
+        assert not same_tokenization(reward, policy)  # its pad token would mean nothing
+
+    def test_what_makes_them_differ(self) -> None:
+        one = self.words("a", "b")
+        assert not same_tokenization(one, self.words("b", "a"))
+        assert not same_tokenization(one, self.words("a", "b", splitter=pre_tokenizers.Punctuation()))
+        assert not same_tokenization(one, self.words("a", "b", template="{{ messages }}"))
+        assert same_tokenization(self.words("a", "b", template="x"), self.words("a", "b", template="x"))
+        # A longer model would have taken "ab" where the policy took two tokens.
+        assert not same_tokenization(one, self.words("a", "b", "ab"))
+
+    def test_real_ones(self, shared_data: Path, smollm_tokenizer: PreTrainedTokenizerBase) -> None:
+        folder = shared_data / "tokenizers"
+        assert same_tokenization(smollm_tokenizer, load_tokenizer(str(folder / "smollm-135m-instruct")))
+        # The same vocabulary, but another chat template.
+        assert not same_tokenization(smollm_tokenizer, load_tokenizer(str(folder / "smollm2-135m-instruct")))
+        assert not same_tokenization(smollm_tokenizer, load_tokenizer("builtin:demo"))
