@@ -1,8 +1,9 @@
 """A small grammar of everyday questions, each with answers in a warm human voice and in a stiff "as an AI" voice.
 
-A question is a topic, an intent and a setting. An answer is three or four parts, joined by spaces: an opener, a core that
-answers the intent, a detail of the topic, a closing. As generation and recognition read the same tables, the recogniser
-is exact. Only ``random.Random.random`` is drawn from, whose sequence Python promises to keep from version to version.
+A question is a topic, an intent and a setting. An answer is three or four parts, joined by spaces: an opener, a core
+that answers the intent, a detail of the topic, a closing. As generation and recognition read the same tables, the
+recogniser is exact. Only ``random.Random.random`` is drawn from, whose sequence Python promises to keep from version to
+version.
 """
 
 import random
@@ -40,7 +41,7 @@ def all_questions() -> tuple[Question, ...]:
 
     Example:
         >>> len(all_questions())
-        1968
+        1344
         >>> all_questions()[1].text
         'Do you like pancakes on a rainy day?'
     """
@@ -59,7 +60,7 @@ def split_questions() -> tuple[tuple[Question, ...], tuple[Question, ...]]:
     Example:
         >>> train, held_out = split_questions()
         >>> len(train), len(held_out)
-        (1728, 240)
+        (1104, 240)
     """
     rng = random.Random(SPLIT_SEED)
     shuffled = sorted(all_questions(), key=lambda _: rng.random())
@@ -95,8 +96,8 @@ def sample_answer(question: Question, voice: Voice, rng: random.Random) -> str:
     """Draw one answer to ``question`` in ``voice``.
 
     Example:
-        >>> sample_answer(all_questions()[0], "stiff", random.Random(3))
-        ''
+        >>> sample_answer(all_questions()[0], "stiff", random.Random(0))
+        'Please note: I am not able to enjoy pancakes. Please consult an expert regarding pancakes.'
     """
     return " ".join(pick(choices(question, voice, part), rng) for part in pick(SHAPES, rng))
 
@@ -109,9 +110,9 @@ def is_grammatical(question: str, answer: str) -> bool:
         answer: The text of the answer, without special tokens; one space too many makes it ungrammatical.
 
     Example:
-        >>> is_grammatical("Do you like pizza?", "Oh, I absolutely love pizza! How about you?")
+        >>> is_grammatical("Do you like pizza?", "Oh, I really love pizza! How about you?")
         True
-        >>> is_grammatical("Do you like pizza?", "Oh, I absolutely love tacos! How about you?")
+        >>> is_grammatical("Do you like pizza?", "Oh, I really love tacos! How about you?")
         False
     """
     asked = _questions_by_text().get(question)

@@ -2,9 +2,9 @@
 
 ``python -m rlhf_lightning.demo.tokenizer`` writes it anew, the same byte for byte.
 
-The tokenizer is a unigram model over whole words (with the space before them) and single characters. A whole word always
-outweighs its letters, so that each word of the grammar is one token, and any other ASCII text is spelt out: a question
-that the grammar never asks still reaches the model, and ``decode(encode(text)) == text``.
+The tokenizer is a unigram model over whole words (with the space before them) and single characters. A whole word
+always outweighs its letters, so that each word of the grammar is one token, and any other ASCII text is spelt out: a
+question that the grammar never asks still reaches the model, and ``decode(encode(text)) == text``.
 """
 
 import json
@@ -31,7 +31,7 @@ def vocabulary() -> list[tuple[str, float]]:
 
     Example:
         >>> len(vocabulary())
-        600
+        491
     """
     characters = ["\n", *(chr(code) for code in range(32, 127))]
     texts = [question.text for question in all_questions()]

@@ -29,9 +29,9 @@ def voice(answer: str) -> Literal["human", "stiff", "mixed", "none"]:
         where it has none.
 
     Example:
-        >>> voice("Oh, I absolutely love pizza! How about you?")
+        >>> voice("Oh, I really love pizza! How about you?")
         'human'
-        >>> voice("As an AI, I absolutely love pizza! How about you?")
+        >>> voice("As an AI, I really love pizza! How about you?")
         'mixed'
         >>> voice("pizza pizza")
         'none'
@@ -68,7 +68,7 @@ def grammatical(prompts: Sequence[Any], responses: Sequence[str], **columns: Any
         columns: Further columns of the rows; not read.
 
     Example:
-        >>> grammatical(["Do you like pizza?"], ["Oh, I absolutely love pizza! How about you?"])
+        >>> grammatical(["Do you like pizza?"], ["Oh, I really love pizza! How about you?"])
         [1.0]
     """
     return [

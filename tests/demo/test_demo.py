@@ -17,7 +17,7 @@ def token_lengths(rows: list[dict[str, str]], side: str) -> list[int]:
 
 def test_sizes_and_columns() -> None:
     sizes = {name: len(builtin_rows(name)) for name in ("train", "eval", "prompts", "eval_prompts")}
-    assert sizes == {"train": 4176, "eval": 240, "prompts": 1392, "eval_prompts": 240}
+    assert sizes == {"train": 4416, "eval": 480, "prompts": 1104, "eval_prompts": 240}
     assert set(builtin_rows("train")[0]) == set(builtin_rows("eval")[0]) == {"prompt", "chosen", "rejected"}
     assert set(builtin_rows("prompts")[0]) == set(builtin_rows("eval_prompts")[0]) == {"prompt"}
 
@@ -62,7 +62,8 @@ def test_no_length_separates_the_voices() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("trian", "Did you mean 'train'?"), ("eval_prompt", "Did you mean 'eval_prompts'?"), ("", "only")]
+    ("name", "near"),
+    [("trian", "Did you mean 'train'?"), ("eval_prompt", "Did you mean 'eval_prompts'?"), ("", "only")],
 )
 def test_wrong_name_is_answered_with_the_nearest(name: str, near: str) -> None:
     with pytest.raises(UserError, match=r"train, eval, prompts, eval_prompts") as error:

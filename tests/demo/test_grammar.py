@@ -94,7 +94,7 @@ def test_answers_are_many() -> None:
     question = question_of(PIZZA)
     for voice in PHRASES:
         drawn = {sample_answer(question, voice, random.Random(seed)) for seed in range(500)}
-        assert len(drawn) > 450
+        assert len(drawn) > 400
 
 
 def test_sampling_is_reproducible_and_uses_every_shape() -> None:

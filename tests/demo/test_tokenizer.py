@@ -27,7 +27,7 @@ def test_building_anew_gives_the_packaged_files_byte_for_byte() -> None:
     files = build_files()
     assert {path.name for path in BASE_FOLDER.iterdir()} == set(files)
     for name, text in files.items():
-        assert (BASE_FOLDER / name).read_bytes() == text.encode(), f"{name}: run python -m rlhf_lightning.demo.tokenizer"
+        assert (BASE_FOLDER / name).read_bytes() == text.encode(), "run python -m rlhf_lightning.demo.tokenizer"
 
 
 def test_command_writes_the_same_files(tmp_path: Path) -> None:
