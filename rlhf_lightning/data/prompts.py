@@ -46,6 +46,8 @@ class PromptDataModule(RowsDataModule[PromptItem, PromptExample, PromptBatch]):
         UserError: If a number is out of range; from ``setup`` if the data cannot be used.
     """
 
+    batch_type = PromptBatch
+
     def __init__(
         self,
         source: str,
@@ -63,6 +65,13 @@ class PromptDataModule(RowsDataModule[PromptItem, PromptExample, PromptBatch]):
         shuffle: bool = True,
         bad_rows: Literal["error", "drop"] = "error",
     ) -> None:
+        for name, number in {
+            "rollout_batch_size": rollout_batch_size,
+            "max_prompt_length": max_prompt_length,
+            "text_words": text_words,
+        }.items():
+            if number is not None and number < 1:
+                raise UserError(f"{name} is {number}; expected at least 1.")
         super().__init__(
             source=source,
             val_source=val_source,
@@ -79,9 +88,6 @@ class PromptDataModule(RowsDataModule[PromptItem, PromptExample, PromptBatch]):
             bad_rows=bad_rows,
         )
         self.save_hyperparameters(logger=False)
-        for name, number in {"max_prompt_length": max_prompt_length, "text_words": text_words}.items():
-            if number is not None and number < 1:
-                raise UserError(f"{name} is {number}; expected at least 1.")
         self.rollout_batch_size, self.max_prompt_length = rollout_batch_size, max_prompt_length
         self.text_words = text_words
 

@@ -49,7 +49,7 @@ def response_pass(
     mask = batch.response_mask
     logprobs = _into_place(logprobs_from_logits(logits, batch.response_tokens[mask]), mask)
     with torch.no_grad():
-        entropy = _into_place(entropy_from_logits(logits.detach()), mask) if with_entropy else None
+        entropy = _into_place(_entropies(logits.detach()), mask) if with_entropy else None
     return ResponsePass(logprobs, entropy, hidden)
 
 
@@ -98,6 +98,12 @@ def _hidden_and_logits(model: Any, ids: Tensor, rows: Tensor, columns: Tensor) -
     cut = {"logits_to_keep": ids.shape[1] - first} if first else {}
     output = model(input_ids=ids, use_cache=False, output_hidden_states=True, **cut)
     return output.hidden_states[-1][rows, columns], output.logits[rows, columns - first]
+
+
+def _entropies(logits: Tensor) -> Tensor:
+    """Return the entropy of each row, a few rows at a time: no further tensor of the size of the logits."""
+    rows = max(1, 2**22 // logits.shape[-1])
+    return torch.cat([entropy_from_logits(part) for part in logits.split(rows)])
 
 
 def _into_place(flat: Tensor, mask: Tensor) -> Tensor:

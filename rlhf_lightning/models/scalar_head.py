@@ -28,7 +28,9 @@ class ScalarModel(nn.Module):
     def outputs(self, input_ids: Tensor) -> Tensor:
         """Return the scalar at every position of right-padded rows, shape (batch, length), float32."""
         hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return self.model.score(hidden).squeeze(-1).float()
+        head = self.model.score
+        with torch.autocast(hidden.device.type, enabled=False):  # bf16 scores would tie
+            return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
 
     def scores(self, batch: SequenceBatch) -> Tensor:
         """Return the score of each sequence, read at its last real token, shape (batch,), float32."""

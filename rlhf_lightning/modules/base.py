@@ -1,18 +1,23 @@
 """What the modules share: a tokenizer, plain Hugging Face folders out, checkpoints that need no other file."""
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import nn
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
 
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.export import CHECKPOINT_KEY, pack_model, write_model_folder
-from rlhf_lightning.models.loading import load_tokenizer
+from rlhf_lightning.models.loading import load_config, load_tokenizer
+from rlhf_lightning.modules.data_checks import check_data
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class ModelModule(LightningModule):
@@ -24,6 +29,8 @@ class ModelModule(LightningModule):
         lr_scheduler: Called with the optimizer, stepped once a training step; ``None`` keeps the learning rate.
     """
 
+    #: Class of the batches that it reads.
+    batch_type: type
     #: Where the exported model's weights stand in the state dict.
     export_prefix: str
 
@@ -44,6 +51,14 @@ class ModelModule(LightningModule):
     def exported_model(self) -> "PreTrainedModel":
         """The model that this module trains, as transformers knows it."""
         raise NotImplementedError
+
+    def start_config(self) -> "PretrainedConfig":
+        """Return the config of the model that is to be trained, without loading its weights."""
+        return load_config(self.model_name)
+
+    def setup(self, stage: str) -> None:
+        """Refuse data that this module cannot read, before its weights are loaded."""
+        check_data(self, getattr(self.trainer, "datamodule", None))
 
     def frozen_modules(self) -> dict[str, nn.Module]:
         """Return the sub-modules that are never trained, by attribute name; they stay out of checkpoints."""
@@ -70,27 +85,98 @@ class ModelModule(LightningModule):
         prefixes = tuple(f"{name}." for name in self.frozen_modules())
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith(prefixes)}
-        checkpoint[CHECKPOINT_KEY] = pack_model(self.export_prefix, self.exported_model, self.tokenizer)
+        packed = pack_model(self.export_prefix, self.exported_model, self.tokenizer)
+        frozen = {name: fingerprint(module) for name, module in self.frozen_modules().items()}
+        checkpoint[CHECKPOINT_KEY] = packed | {"frozen": frozen}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the frozen models' own weights back, so that loading stays strict."""
+        """Put the frozen models' own weights back, so that loading stays strict.
+
+        Raises:
+            UserError: If the checkpoint holds other tensors than this module, or a fit would be taken up beside other
+                frozen models than it began with.
+        """
         for name, module in self.frozen_modules().items():
             for key, value in module.state_dict().items():
                 checkpoint["state_dict"][f"{name}.{key}"] = value
+        if CHECKPOINT_KEY not in checkpoint:
+            raise UserError("the checkpoint was not written by rlhf_lightning; give one of a run's checkpoints/.")
+        if self.strict_loading:
+            self._refuse_other_tensors(checkpoint["state_dict"])
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._refuse_other_frozen(checkpoint[CHECKPOINT_KEY]["frozen"])
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm under bf16-mixed too, where Lightning refuses fused optimizers for the sake of float16."""
+        plugin, by_norm = self.trainer.precision_plugin, gradient_clip_algorithm in (None, "norm")
+        if not (gradient_clip_val and by_norm and isinstance(plugin, MixedPrecision) and plugin.scaler is None):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer over the trainable parameters, and the schedule."""
-        return self._with_schedule(self.optimizer_factory([p for p in self.parameters() if p.requires_grad]))
+        return self._optimizer_of([p for p in self.parameters() if p.requires_grad])
 
-    def _with_schedule(self, optimizer: torch.optim.Optimizer) -> Any:
+    def _optimizer_of(self, parameters: list[Any]) -> Any:
+        """Build the optimizer over parameters, or groups of them, and the schedule."""
+        try:
+            optimizer = self.optimizer_factory(parameters)
+        except (TypeError, ValueError) as refusal:
+            raise UserError(f"the optimizer refuses its arguments: {refusal}.") from refusal
         if self.lr_scheduler_factory is None:
             return optimizer
         scheduler = self.lr_scheduler_factory(optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise UserError(
+                "lr_scheduler is ReduceLROnPlateau, which waits for a metric; take one that goes by steps, such as "
+                "LinearDecay."
+            )
         if hasattr(scheduler, "set_total_steps"):
-            scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
+            scheduler.set_total_steps(self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _refuse_other_frozen(self, fingerprints: dict[str, str]) -> None:
+        for name, module in self.frozen_modules().items():
+            if fingerprints.get(name) != fingerprint(module):
+                raise UserError(
+                    f"the {name} is not the one that the checkpoint was trained with; resume with the same models, or "
+                    "start a new run from the exported model folder."
+                )
+
+    def _refuse_other_tensors(self, loaded: dict[str, Tensor]) -> None:
+        own = self.state_dict()
+        shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (own, loaded)]
+        wrong = [name for name in {**own, **loaded} if shapes[0].get(name) != shapes[1].get(name)]
+        if wrong:
+            raise UserError(
+                f"the checkpoint does not fit this {type(self).__name__}: {len(wrong)} tensors are missing, unknown or "
+                f"of another shape, such as {wrong[0]!r}; give one that was written with the same module and models."
+            )
 
     def _log_learning_rate(self) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Return a digest of a module's weights: their names, shapes and the sums of their bits, the same on any device.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> fingerprint(layer) == fingerprint(layer), fingerprint(layer) == fingerprint(nn.Linear(2, 2))
+        (True, False)
+    """
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        bits = tensor.detach().flatten().view(integers[tensor.element_size()]).sum(dtype=torch.int64)
+        digest.update(f"{name} {tuple(tensor.shape)} {int(bits)};".encode())
+    return digest.hexdigest()

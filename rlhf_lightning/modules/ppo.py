@@ -63,6 +63,7 @@ class PPOModule(ModelModule):
         to follow instructions with human feedback".
     """
 
+    batch_type = PromptBatch
     export_prefix = "policy."
 
     def __init__(
@@ -98,7 +99,9 @@ class PPOModule(ModelModule):
             raise UserError(f"max_grad_norm is {max_grad_norm}; it must be above 0, or null for none.")
         if sampling.temperature == 0:
             raise UserError("sampling.temperature is 0; PPO needs responses drawn at random, so a value above 0.")
-        self.save_hyperparameters("policy", "reference", "ppo_epochs", "minibatch_size", "max_grad_norm")
+        # By value, as a subclass may have other arguments; objects stay out, which a weights-only load would refuse.
+        kept = {"policy": policy, "reference": reference, "ppo_epochs": ppo_epochs, "minibatch_size": minibatch_size}
+        self.save_hyperparameters({**kept, "max_grad_norm": max_grad_norm})
         self.automatic_optimization = False
         self.reference_name = reference
         self.reward, self.critic = reward, critic or SeparateCritic()
@@ -113,6 +116,7 @@ class PPOModule(ModelModule):
         self.val_samples: list[dict[str, Any]] = []
         self._sampler_ready_for: tuple[torch.device, torch.dtype] | None = None
         self._self_checked = False
+        self._rows_evaluated = 0
 
     @property
     def exported_model(self) -> "PreTrainedModel":
@@ -135,9 +139,19 @@ class PPOModule(ModelModule):
         self.reward.eval().requires_grad_(False)
         self.stop_ids = resolve_stop_ids(self.tokenizer, self.sampling.stop_tokens)
 
+    def setup(self, stage: str) -> None:
+        """Expect other weights than a copy for sampling may hold; one made in inference mode could not take them."""
+        super().setup(stage)
+        self._sampler_ready_for = None
+
+    def teardown(self, stage: str) -> None:
+        """Let the sampler go; the next stage sets it up anew."""
+        self.sampler.close()
+
     def on_fit_start(self) -> None:
         """Refuse what cannot work before time is spent on it."""
         check_configuration(self)
+        self._self_checked = False
         self.train()
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
@@ -152,7 +166,7 @@ class PPOModule(ModelModule):
             rollout = self.score(batch, samples, sequences, groups=plan, report="score")
             experience = self.estimate(rollout)
         if not self._self_checked:
-            self.log_dict(check_first_minibatch(self, rollout, experience))
+            self._log_once(check_first_minibatch(self, rollout, experience))
             self._self_checked = True
         with watch("update"):
             sums = self.update(experience)
@@ -258,16 +272,20 @@ class PPOModule(ModelModule):
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Log score, KL and length of responses to held-out prompts; the draws are the same each time."""
-        rollout, experience = self._evaluate(batch, batch_idx)
+        rollout, experience = self._evaluate(batch)
         metrics = rollout_metrics(
             rollout, experience, prefix="val", names=("score", "kl", "response_length", "finished_fraction")
         )
-        self.log_dict(metrics, on_epoch=True, batch_size=len(batch.prompts), sync_dist=True)
+        # Weighted by the rows of all processes: Lightning averages the weights as whole numbers, rounded down.
+        rows = int(global_sum(torch.tensor(len(batch.prompts), device=self.device)))
+        self.log_dict(metrics, on_epoch=True, batch_size=rows, sync_dist=True)
         self.val_samples += sample_rows(rollout, experience)
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the samples of the validation before."""
-        self.val_samples = []
+        """Forget the samples of the validation before, and number the prompts anew."""
+        self.val_samples, self._rows_evaluated = [], 0
+
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Do the same as in validation."""
@@ -275,7 +293,7 @@ class PPOModule(ModelModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Return prompt, response, score, KL and length of each row."""
-        return sample_rows(*self._evaluate(batch, batch_idx))
+        return sample_rows(*self._evaluate(batch))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the counters and the state of the KL control."""
@@ -294,10 +312,11 @@ class PPOModule(ModelModule):
         critic: dict[str, Any] = {"params": list(self.critic.parameters()), "name": "critic"}
         if self.critic.learning_rate is not None:
             critic["lr"] = self.critic.learning_rate
-        return self._with_schedule(self.optimizer_factory([policy, critic]))
+        return self._optimizer_of([policy, critic])
 
-    def _evaluate(self, batch: PromptBatch, batch_idx: int) -> tuple[Rollout, Experience]:
-        seed, rows = derive_seed(run_seed(), "validation"), self._row_ids(batch, batch_idx)
+    def _evaluate(self, batch: PromptBatch) -> tuple[Rollout, Experience]:
+        seed, rows = derive_seed(run_seed(), "validation"), self._row_ids(batch, self._rows_evaluated)
+        self._rows_evaluated += len(rows)
         samples, sequences = self.sample(batch, seed=seed, row_ids=rows)
         order = torch.arange(len(rows), device=self.device)
         rollout = self.score(batch, samples, sequences, groups=order.split(self.micro_batch_size))
@@ -342,10 +361,15 @@ class PPOModule(ModelModule):
         if isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
             scheduler.step()
 
-    def _row_ids(self, batch: PromptBatch, batch_idx: int) -> list[int]:
-        """Number prompts over all processes, which take turns in the data."""
-        size, world = len(batch.prompts), self.trainer.world_size
-        return [(batch_idx * size + row) * world + self.global_rank for row in range(size)]
+    def _log_once(self, metrics: dict[str, Tensor]) -> None:
+        """Log what is known once; ``self.log`` would repeat it to the end of the epoch."""
+        for logger in self.loggers:
+            logger.log_metrics({name: float(value) for name, value in metrics.items()}, step=self.global_step)
+
+    def _row_ids(self, batch: PromptBatch, before: int) -> list[int]:
+        """Number prompts over all processes, which take turns in the data; ``before`` were this process's earlier."""
+        rows = range(before, before + len(batch.prompts))
+        return [row * self.trainer.world_size + self.global_rank for row in rows]
 
     def _optimizer(self) -> LightningOptimizer:
         optimizer = self.optimizers()

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf_lightning.distributed import world_size
+from rlhf_lightning.distributed import global_max, global_mean_var, world_size
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.functional.masked import masked_mean
 from rlhf_lightning.models.causal_lm import response_logprobs
-from rlhf_lightning.models.loading import context_length
+from rlhf_lightning.models.loading import context_length, foreign_token, load_tokenizer
+from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.rollout.collect import Rollout
 from rlhf_lightning.rollout.reward_sources import RewardModel, RewardSource
 
@@ -45,6 +45,7 @@ def check_configuration(module: "PPOModule") -> None:
     max_prompt_length = getattr(data, "max_prompt_length", None)
     if max_prompt_length is not None:
         check_lengths(module, max_prompt_length)
+    check_tokenizers(module)
     for source in _reward_models(module.reward):
         check_scored_token(module, source)
 
@@ -61,15 +62,28 @@ def check_batch_sizes(rollout_batch_size: int, minibatch_size: int) -> None:
 
 
 def check_lengths(module: "PPOModule", max_prompt_length: int) -> None:
-    """Refuse prompts and responses that together are longer than the policy, or a reward model, can read."""
-    models = {"the policy": module.policy.config}
-    models |= {f"reward model {m.path!r}": m.scalar.model.config for m in _reward_models(module.reward)}
-    for name, config in models.items():
+    """Refuse prompts and responses that together are longer than a model that is to read them can."""
+    models = [("the policy", module.policy.config), ("the reference", module.reference.config)]
+    models += [("the critic", part.model.config) for part in module.critic.modules() if isinstance(part, ScalarModel)]
+    models += [(f"reward model {m.path!r}", m.scalar.model.config) for m in _reward_models(module.reward)]
+    for name, config in models:
         limit, wanted = context_length(config), max_prompt_length + module.sampling.max_new_tokens
         if limit is not None and wanted > limit:
             raise UserError(
                 f"max_prompt_length {max_prompt_length} + max_new_tokens {module.sampling.max_new_tokens} = {wanted} "
                 f"tokens, but {name} reads at most {limit}; lower one of them."
+            )
+
+
+def check_tokenizers(module: "PPOModule") -> None:
+    """Refuse a reference or a critic of their own to which the policy's tokens mean something else."""
+    names = {"reference": module.reference_name, "critic.init_from": getattr(module.critic, "init_from", None)}
+    for key, name in names.items():
+        token = foreign_token(module.tokenizer, load_tokenizer(name)) if name else None
+        if token is not None:
+            raise UserError(
+                f"model.{key} {name!r} has another tokenizer than the policy (such as for {token!r}); give a model "
+                "that reads the policy's tokens."
             )
 
 
@@ -102,9 +116,10 @@ def check_first_minibatch(module: "PPOModule", rollout: Rollout, experience: "Ex
             logprobs = response_logprobs(module.policy, part, temperature=module.sampling.temperature)
         again[rows, : logprobs.shape[1]] = logprobs.detach()
     log_ratio = torch.where(mask, again - experience.old_logprobs, 0.0)
-    max_error = torch.expm1(log_ratio).abs().max()
-    approx_kl = masked_mean(torch.expm1(log_ratio) - log_ratio, mask)
-    ref_kl = torch.where(mask, rollout.old_logprobs - rollout.ref_logprobs, 0.0).abs().max()
+    gap = torch.where(mask, rollout.old_logprobs - rollout.ref_logprobs, 0.0)
+    # Over all processes, so that either all of them stop or none.
+    max_error, ref_kl = global_max(torch.expm1(log_ratio).abs().max()), global_max(gap.abs().max())
+    approx_kl, _ = global_mean_var(torch.expm1(log_ratio) - log_ratio, mask)
     _judge(module, max_error=float(max_error), approx_kl=float(approx_kl), ref_kl=float(ref_kl))
     return {"check/max_ratio_error": max_error, "check/approx_kl": approx_kl, "check/max_ref_kl": ref_kl}
 

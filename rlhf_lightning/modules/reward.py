@@ -1,5 +1,6 @@
 """The reward model: a score that puts the chosen response above the rejected one."""
 
+import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from rlhf_lightning.data.collate import PairBatch
 from rlhf_lightning.functional.losses import preference_loss
-from rlhf_lightning.metrics import MarginStatistics, RewardAccuracy, TieShare
+from rlhf_lightning.metrics import MarginStatistics, MaskedMean, RewardAccuracy, TieShare
+from rlhf_lightning.models.export import CHECKPOINT_KEY
 from rlhf_lightning.models.loading import load_sequence_classifier
 from rlhf_lightning.models.scalar_head import ScalarModel, ensure_distinct_pad
 from rlhf_lightning.modules.base import ModelModule
@@ -33,6 +35,7 @@ class RewardModule(ModelModule):
         Ouyang et al. 2022, "Training language models to follow instructions with human feedback", section 3.5.
     """
 
+    batch_type = PairBatch
     export_prefix = "scalar.model."
 
     def __init__(
@@ -43,7 +46,8 @@ class RewardModule(ModelModule):
     ) -> None:
         super().__init__(model, optimizer, lr_scheduler)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
-        self.accuracy, self.ties, self.margins = RewardAccuracy(), TieShare(), MarginStatistics()
+        self.val_loss, self.accuracy = MaskedMean(), RewardAccuracy()
+        self.ties, self.margins = TieShare(), MarginStatistics()
 
     @property
     def exported_model(self) -> "PreTrainedModel":
@@ -75,16 +79,16 @@ class RewardModule(ModelModule):
         chosen, rejected = self._scores(batch)
         for metric in (self.accuracy, self.ties, self.margins):
             metric.update(chosen, rejected)
-        loss = preference_loss(chosen, rejected).mean()
-        self.log("val/loss", loss, batch_size=len(chosen), on_epoch=True, sync_dist=True)
+        self.val_loss.update(preference_loss(chosen, rejected))
 
     def on_validation_epoch_end(self) -> None:
-        """Log accuracy, ties and margins of the whole set."""
-        self.log("val/accuracy", self.accuracy.compute(), prog_bar=True)
-        self.log("val/ties", self.ties.compute())
+        """Log loss, accuracy, ties and margins of the whole set."""
+        self.log("val/loss", self.val_loss.compute(), sync_dist=True)
+        self.log("val/accuracy", self.accuracy.compute(), prog_bar=True, sync_dist=True)
+        self.log("val/ties", self.ties.compute(), sync_dist=True)
         margins = self.margins.compute()
-        self.log_dict({f"val/margin_{name}": value for name, value in margins.items() if value.ndim == 0})
-        for metric in (self.accuracy, self.ties, self.margins):
+        self.log_dict({f"val/margin_{name}": value for name, value in margins.items()}, sync_dist=True)
+        for metric in (self.val_loss, self.accuracy, self.ties, self.margins):
             metric.reset()
 
     def test_step(self, batch: PairBatch, batch_idx: int) -> None:
@@ -99,6 +103,13 @@ class RewardModule(ModelModule):
         """Return the scores of both sides, shape (pairs,) each."""
         chosen, rejected = self._scores(batch)
         return {"chosen": chosen, "rejected": rejected}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over at which token the score is read."""
+        super().on_load_checkpoint(checkpoint)
+        config = json.loads(checkpoint[CHECKPOINT_KEY]["files"]["config.json"])
+        if "scored_token_id" in config:
+            self.scalar.model.config.scored_token_id = config["scored_token_id"]
 
     def _scores(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         return self.scalar.scores(batch.chosen), self.scalar.scores(batch.rejected)

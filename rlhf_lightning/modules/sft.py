@@ -8,12 +8,13 @@ from torch import Tensor
 
 from rlhf_lightning.distributed import global_sum, world_size
 from rlhf_lightning.functional.sequences import SequenceBatch
+from rlhf_lightning.metrics import MaskedMean
 from rlhf_lightning.models.causal_lm import response_logprobs
-from rlhf_lightning.models.loading import load_causal_lm
+from rlhf_lightning.models.loading import load_causal_lm, load_config
 from rlhf_lightning.modules.base import ModelModule
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class SFTModule(ModelModule):
@@ -27,6 +28,7 @@ class SFTModule(ModelModule):
         lr_scheduler: Called with the optimizer, stepped once a training step; ``null`` keeps the learning rate.
     """
 
+    batch_type = SequenceBatch
     export_prefix = "policy."
 
     def __init__(
@@ -40,11 +42,17 @@ class SFTModule(ModelModule):
         super().__init__(model, optimizer, lr_scheduler)
         self.pretrained, self.config_overrides = pretrained, config_overrides
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        # A metric of our own: self.log averages the batches' weights over processes as whole numbers, rounded down.
+        self.val_loss = MaskedMean()
 
     @property
     def exported_model(self) -> "PreTrainedModel":
         """The language model."""
         return self.policy
+
+    def start_config(self) -> "PretrainedConfig":
+        """Return the config with its overrides."""
+        return load_config(self.model_name, self.config_overrides)
 
     def configure_model(self) -> None:
         """Load or draw the weights, once."""
@@ -62,19 +70,24 @@ class SFTModule(ModelModule):
         return loss
 
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
-        """Log the mean negative log-likelihood a token."""
+        """Take note of the negative log-likelihood of a batch."""
         total, tokens = self._negative_logprob(batch)
-        self.log("val/loss", total / tokens, batch_size=int(tokens), on_epoch=True, prog_bar=True, sync_dist=True)
+        self.val_loss.update(total / tokens, tokens.long())
 
     def on_validation_epoch_end(self) -> None:
-        """Log the perplexity a token of the whole set."""
-        loss = self.trainer.callback_metrics.get("val/loss")
-        if loss is not None:
-            self.log("val/perplexity", loss.exp())
+        """Log loss and perplexity a token of the whole set."""
+        loss = self.val_loss.compute()
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True)
+        self.log("val/perplexity", loss.exp(), sync_dist=True)
+        self.val_loss.reset()
 
     def test_step(self, batch: SequenceBatch, batch_idx: int) -> None:
         """Do the same as in validation."""
         self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Do the same as after validation."""
+        self.on_validation_epoch_end()
 
     def predict_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         """Return the mean log-probability a response token of each sequence, nats, shape (batch,)."""

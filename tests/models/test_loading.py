@@ -70,7 +70,7 @@ class TestNames:
             assert message in str(error.value)
 
     def test_what_the_hub_does_not_give_is_one_line(self) -> None:
-        with pytest.raises(UserError, match="the config of 'no-such-owner/no-such-model' could not") as error:
+        with pytest.raises(UserError, match="'no-such-owner/no-such-model' is no folder here, and") as error:
             load_config("no-such-owner/no-such-model")
         assert "\n" not in str(error.value)
 

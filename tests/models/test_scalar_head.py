@@ -141,3 +141,12 @@ def test_a_padding_token_of_its_own_stays(make_model: Callable[..., PreTrainedMo
     assert (tokenizer.pad_token, len(tokenizer)) == ("<|pad|>", size)
     assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
     assert model.get_input_embeddings().num_embeddings == size
+
+
+@torch.no_grad()
+def test_the_head_keeps_float32_under_autocast(make_model: Callable[..., PreTrainedModel]) -> None:
+    model = ScalarModel(make_model("llama", scalar=True))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model.outputs(torch.arange(2, 14).view(2, 6))
+    assert outputs.dtype == torch.float32
+    assert not torch.equal(outputs, outputs.bfloat16().float())  # more digits than bf16 has

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from rlhf_lightning.algorithm.critics import SeparateCritic
 from rlhf_lightning.data.prompts import PromptDataModule
-from rlhf_lightning.models.loading import resolve_model
+from rlhf_lightning.models.loading import load_tokenizer, resolve_model
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.rollout.reward_sources import RewardSource, Scores, ScoringBatch
 from rlhf_lightning.rollout.sampler import SamplingConfig
@@ -67,7 +68,7 @@ class ShareOfLowTokens(RewardSource):
 
     name = "low_tokens"
 
-    def __init__(self, below: int = 143) -> None:
+    def __init__(self, below: int = 60) -> None:
         super().__init__()
         self.below = below
 
@@ -115,6 +116,12 @@ def ppo(language_model: str) -> Callable[..., PPOModule]:
 
 
 @pytest.fixture
+def stops() -> list[str]:
+    """A quarter of the vocabulary as stop tokens, so that responses end at unequal lengths."""
+    return load_tokenizer("builtin:demo").convert_ids_to_tokens(list(range(5, 400, 3)))
+
+
+@pytest.fixture
 def trainer(tmp_path: Path) -> Callable[..., Trainer]:
     """``trainer(**arguments)`` is a quiet Trainer on the CPU without logger and checkpoints."""
 
@@ -132,6 +139,35 @@ def trainer(tmp_path: Path) -> Callable[..., Trainer]:
         return Trainer(**{**quiet, **arguments})
 
     return make
+
+
+class Recorder(Logger):
+    """Keeps what is logged, by name, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, list[float]] = {}
+
+    @property
+    def name(self) -> str:
+        return "recorder"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        for key, value in metrics.items():
+            self.values.setdefault(key, []).append(value)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    """A logger to be passed to a Trainer together with ``log_every_n_steps=1``; ``values`` holds what was logged."""
+    return Recorder()
 
 
 @pytest.fixture

@@ -1,0 +1,43 @@
+"""What a module checks of its data before weights are loaded."""
+
+from typing import TYPE_CHECKING
+
+from rlhf_lightning.data.base import RowsDataModule
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.loading import context_length
+
+if TYPE_CHECKING:
+    from rlhf_lightning.modules.base import ModelModule
+
+
+def check_data(module: "ModelModule", data: object) -> None:
+    """Refuse data of the wrong kind, longer than the model reads, or of tokens that it does not have.
+
+    Args:
+        module: The module that is to read it.
+        data: Its data module; one of the user's own is his own to check.
+
+    Raises:
+        UserError: Naming what does not fit.
+    """
+    if not isinstance(data, RowsDataModule):
+        return
+    if data.batch_type is not module.batch_type:
+        fitting = [kind.__name__ for kind in RowsDataModule.__subclasses__() if kind.batch_type is module.batch_type]
+        raise UserError(
+            f"{type(module).__name__} cannot read the batches of {type(data).__name__}; set data to "
+            f"{' or '.join(fitting)}."
+        )
+    config, (longest, largest_id) = module.start_config(), data.extremes()
+    limit, known = context_length(config), getattr(config, "vocab_size", None)
+    if limit is not None and longest > limit:
+        knob = "max_length" if hasattr(data, "max_length") else "max_prompt_length"
+        raise UserError(
+            f"the data has sequences of {longest} tokens, but model {module.model_name!r} reads at most {limit}; lower "
+            f"data.{knob}."
+        )
+    if known is not None and largest_id >= known:
+        raise UserError(
+            f"the data has token {data.encoder.tokenizer.convert_ids_to_tokens(largest_id)!r} (id {largest_id}), but "
+            f"model {module.model_name!r} knows only {known}; its tokenizer belongs to another model."
+        )
