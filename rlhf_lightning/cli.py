@@ -147,9 +147,11 @@ class TrainerCLI(LightningCLI):
             kwargs.update(self._claim_folder(settings["logger"]))
         try:
             return super().instantiate_trainer(**kwargs)
-        except Exception:
+        except Exception as failure:
             with contextlib.suppress(OSError, KeyError):
                 Path(kwargs["default_root_dir"]).rmdir()  # Only a folder that has stayed empty goes.
+            if isinstance(failure, ImportError):  # An accelerator or a plugin of a package that is not there.
+                raise UserError(f"trainer: {' '.join(str(failure).split())}") from failure
             raise
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -30,14 +31,17 @@ def function_parser(command: str) -> tuple[OneLineErrors, Callable[..., Any]]:
     return parser, function
 
 
-def check_function_command(command: str, argv: list[str]) -> None:
+def check_function_command(command: str, argv: list[str]) -> dict[str, Any]:
     """Check the arguments of ``export``, ``generate`` or ``compare`` without doing anything.
+
+    Returns:
+        The arguments.
 
     Raises:
         UserError: If a constructor refuses its arguments.
         SystemExit: With status 2 after one line on stderr, where something in them is wrong.
     """
-    _parsed(function_parser(command)[0], argv)
+    return _parsed(function_parser(command)[0], argv)
 
 
 def run_function_command(command: str, argv: list[str]) -> Any:
@@ -94,7 +98,7 @@ def generate(
     Args:
         model: Hugging Face folder or hub name, such as ``runs/ppo-1/model``.
         prompt: What to answer; left out, prompts are read line by line until an empty one or the end of input.
-        max_new_tokens: Longest answer in tokens.
+        max_new_tokens: Longest answer in tokens; it ends sooner where the model can read no further.
         temperature: Divides the logits: below 1 more of the likely, above 1 more of the unlikely; 0 takes the
             likeliest token.
         top_k: Draw from the k likeliest tokens; 0 is off.
@@ -127,6 +131,7 @@ def _answerer(
     import torch
 
     from rlhf_lightning.data.chat import ConversationEncoder
+    from rlhf_lightning.models.loading import context_length
     from rlhf_lightning.rollout.decoding import CachedSampler
     from rlhf_lightning.rollout.sampler import resolve_stop_ids
 
@@ -134,13 +139,17 @@ def _answerer(
     stop_token = config.stop_tokens[0] if config.stop_tokens else None
     encoder = ConversationEncoder(tokenizer, stop_token=stop_token, chat=chat)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sampler = CachedSampler()
+    sampler, limit = CachedSampler(), context_length(model.config)
     sampler.setup(model.to(device).eval())
 
     def answer(prompt: str, samples: int, seed: int) -> list[str]:
         ids = torch.tensor([encoder.encode_prompt(prompt)] * samples, device=device)
+        room = config.max_new_tokens if limit is None else limit - ids.shape[1]
+        if room < 1:
+            raise UserError(f"the prompt has {ids.shape[1]} tokens, but the model reads {limit}; give a shorter one.")
+        within = replace(config, max_new_tokens=min(config.max_new_tokens, room))
         with torch.inference_mode():
-            drawn = sampler.sample(ids, torch.ones_like(ids).bool(), config=config, stop_ids=stop_ids, seed=seed)
+            drawn = sampler.sample(ids, torch.ones_like(ids).bool(), config=within, stop_ids=stop_ids, seed=seed)
         rows = zip(drawn.tokens.tolist(), drawn.lengths.tolist(), strict=True)
         return [tokenizer.decode(row[:length], skip_special_tokens=True).strip() for row, length in rows]
 

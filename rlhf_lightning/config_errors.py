@@ -5,12 +5,9 @@ innermost report and say it in one line: the whole key, what was given, what was
 """
 
 import argparse
-import inspect
 import itertools
 import re
 import sys
-import types
-import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +15,7 @@ from typing import Any, NoReturn
 import jsonargparse
 import yaml
 
+from rlhf_lightning.config_types import known_classes, misplaced_nulls, plain, readable_type
 from rlhf_lightning.errors import UserError, did_you_mean, nearest
 
 _UNKNOWN_KEY = (
@@ -30,19 +28,25 @@ _UNKNOWN_CLASS = (
     re.compile(r"Expected a dot import path string: (?P<name>\S+)"),
     re.compile(r"Unexpected import path format: (?P<name>\S+)"),
     re.compile(r"Import path (?P<name>\S+) does not correspond to a subclass"),
+    re.compile(r"Expected an instantiatable class, but (?P<name>\S+) is abstract"),
 )
 _NOT_IMPORTED = re.compile(
     r"given class_path '(?P<name>[^']+)':\s+(?P<reason>No module named \S+|module \S+ has no attribute \S+)"
 )
 _WRONG_VALUE = re.compile(r"Expected (?:an?|to be one of) (?P<want>.+?)\. Got value: (?P<given>.*)", re.DOTALL)
+_NO_CLASS = re.compile(r"Not a valid subclass of \w+\. Got value: (?P<given>.*)")
+_CLASS_KEYS = ("class_path", "init_args")
 _REQUIRED = re.compile(r"the following arguments are required: (?P<keys>.+)")
 _NO_FILE = re.compile(r"File does not exist: '?(?P<path>[^'\n]+)'?")
-_READABLE = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 _NOISE = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a path but", "Expected a <class 'None")
 
 
 class OneLineErrors(jsonargparse.ArgumentParser):
-    """A parser that reports a mistake in one line and exits with status 2."""
+    """A parser that reports a mistake in one line and exits with status 2; it takes whole names only."""
+
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
+        # The parsers of the classes in a config are made without arguments; they would guess at what is mistyped.
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Report ``message`` on stderr and exit; a nested parser hands it outwards together with itself."""
@@ -55,11 +59,15 @@ class OneLineErrors(jsonargparse.ArgumentParser):
         self.exit(2, f"See all keys and their meaning: {prog} --help\n")
 
     def parse_args(self, *args: Any, **kwargs: Any) -> jsonargparse.Namespace:  # type: ignore[override]
-        """Parse as jsonargparse does; a config that is no text is reported like any other mistake."""
+        """Parse as jsonargparse does; a config that is no text, and a misplaced null, are reported like the rest."""
         try:
-            return super().parse_args(*args, **kwargs)
+            settings = super().parse_args(*args, **kwargs)
         except UnicodeDecodeError as fault:
             self.error(str(fault), fault)
+        for path, typehint in misplaced_nulls(settings, []) if self.exit_on_error else ():
+            key = ".".join(path[1:] if path[0] in _given(self)[:1] else path)
+            self.error(f"{key} is null, expected {readable_type(typehint)}")
+        return settings
 
 
 def explain(parser: jsonargparse.ArgumentParser, message: str, ex: BaseException | None = None) -> str:
@@ -72,7 +80,7 @@ def explain(parser: jsonargparse.ArgumentParser, message: str, ex: BaseException
     """
     chain = list(_causes(ex))
     report = _Report(parser, message, chain)
-    for rule in (_yaml_fault, _missing_file, _unknown_key, _unknown_class, _missing_key, _wrong_value, _not_a_mapping):
+    for rule in _RULES:
         line = rule(report)
         if line:
             return line
@@ -83,12 +91,14 @@ def refusal_of_constructor(failure: BaseException) -> BaseException | None:
     """Return what a constructor raised, from within what jsonargparse made of it; ``None`` if there is nothing such.
 
     Args:
-        failure: What ``instantiate_classes`` raised. A ``UserError`` anywhere in its chain comes first, else the
-            innermost ``ValueError``.
+        failure: What ``instantiate_classes`` raised. A ``UserError`` anywhere in its chain comes first, else what the
+            chain began with, if it is of a kind that says that an argument is wrong.
     """
     chain = list(_causes(failure))
     mistakes = [e for e in chain if isinstance(e, UserError)]
-    return mistakes[0] if mistakes else next((e for e in reversed(chain) if isinstance(e, ValueError)), None)
+    if mistakes:
+        return mistakes[0]
+    return chain[-1] if isinstance(chain[-1], ValueError | TypeError) else None
 
 
 class _Report:
@@ -197,10 +207,12 @@ def _unknown_key(report: _Report) -> str | None:
     if " is not accepted before subcommand" in report.leaf:
         return f"options go after the command: rlhf-lightning fit --config FILE, not before it ({match['key']})"
     key = ".".join(part for part in (match.groupdict().get("group"), match["key"]) if part)
+    if key == "class_path" and report.path:
+        return f"{report.key()} has arguments beside class_path; write them under init_args"
     wrong, siblings, parent = _first_unknown(key, report.known_keys())
     owner = f" of {report.owner}" if report.owner else ""
     close = nearest(wrong, siblings)
-    structural = nearest(wrong, ["class_path", "init_args"]) if report.path and not close else None
+    structural = nearest(wrong, _CLASS_KEYS) if report.path and not close else None
     advice = f"Known here: {_listing(siblings)}."
     if close or structural:
         advice = f"Did you mean '{structural or report.key(*parent, str(close))}'?"
@@ -227,7 +239,7 @@ def _unknown_class(report: _Report) -> str | None:
     if match is None or not classes:
         return None
     name = match["name"]
-    if "does not correspond" in match[0]:
+    if match.re not in (_NOT_IMPORTED, *_UNKNOWN_CLASS[:2]) or _is_class_of_ours(name):
         return f"{report.key()}: {name} is not one of its classes. Known: {_listing(classes)}."
     close = nearest(name.rpartition(".")[2], classes)
     advice = f"Did you mean '{close}'?" if close else f"Known: {_listing(classes)}."
@@ -235,33 +247,22 @@ def _unknown_class(report: _Report) -> str | None:
     return f"{report.key()}: there is no class '{name}'{reason}. {advice}"
 
 
-def known_classes(typehint: Any) -> list[str]:
-    """Return the short names of the classes that a key of this type may name, ours first.
-
-    Example:
-        >>> known_classes(jsonargparse.ArgumentParser | None)[0]
-        'OneLineErrors'
-    """
-    found: dict[str, bool] = {}
-    queue = list(_classes_in(typehint))
-    while queue:
-        cls = queue.pop()
-        queue.extend(type.__subclasses__(cls))
-        if not inspect.isabstract(cls) and not cls.__name__.startswith("_"):
-            ours = cls.__module__.startswith("rlhf_lightning")
-            found[cls.__name__] = found.get(cls.__name__, False) or ours
-    return sorted(found, key=lambda name: (not found[name], name))
+def _not_a_class(report: _Report) -> str | None:
+    """Say what is lacking where a class with its arguments was expected."""
+    match = _NO_CLASS.search(report.leaf)
+    if not match:
+        return None
+    words = re.findall(r"(\w+)'?[=:]", match["given"])
+    typo = next((word for word in words if word not in _CLASS_KEYS and nearest(word, _CLASS_KEYS)), None)
+    if typo:
+        return f"'{report.key(typo)}' is not a key. Did you mean '{nearest(typo, _CLASS_KEYS)}'?"
+    classes = _listing(known_classes(report.typehint()))
+    return f"{report.key()} must name a class by class_path, with its arguments under init_args. Known: {classes}."
 
 
-def _classes_in(typehint: Any) -> Iterator[type]:
-    if isinstance(typehint, type) and not typing.get_args(typehint):
-        if typehint.__module__ not in ("builtins", "collections.abc") and typehint.__name__ != "Tensor":
-            yield typehint
-        return
-    parts = typing.get_args(typehint)
-    callable_type = typing.get_origin(typehint) is not None and "Callable" in str(typing.get_origin(typehint))
-    for part in parts[-1:] if callable_type else parts:
-        yield from _classes_in(part)
+def _is_class_of_ours(name: str) -> bool:
+    ours = [module for key, module in list(sys.modules.items()) if key.startswith("rlhf_lightning.")]
+    return any(isinstance(getattr(module, name, None), type) for module in ours)
 
 
 def _missing_key(report: _Report) -> str | None:
@@ -279,32 +280,8 @@ def _wrong_value(report: _Report) -> str | None:
     if not match or not report.path:
         return None
     given = match["given"].strip()
-    return (
-        f"{report.key()} is {_clipped(given)!r}, expected {readable_type(report.typehint()) or _plain(match['want'])}"
-    )
-
-
-def readable_type(typehint: Any) -> str:
-    """Return what values a type takes, in words.
-
-    Example:
-        >>> readable_type(int | None)
-        'an integer or null'
-        >>> readable_type(typing.Literal["truncate", "drop"])
-        "one of 'truncate', 'drop'"
-    """
-    if typehint is None:
-        return ""
-    if typehint in _READABLE:
-        return _READABLE[typehint]
-    origin, parts = typing.get_origin(typehint), typing.get_args(typehint)
-    if origin is typing.Literal:
-        return "one of " + ", ".join(map(repr, parts))
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(readable_type(part) for part in parts if getattr(part, "__name__", "") != "Tensor")
-    if origin is list:
-        return f"a list of ({readable_type(parts[0])})"
-    return typehint.__name__ if isinstance(typehint, type) and not parts else _plain(str(typehint))
+    shown = "null" if given == "None" else repr(_clipped(given))
+    return f"{report.key()} is {shown}, expected {readable_type(report.typehint()) or plain(match['want'])}"
 
 
 def _not_a_mapping(report: _Report) -> str | None:
@@ -314,8 +291,16 @@ def _not_a_mapping(report: _Report) -> str | None:
     return f"{paths[-1]} is empty or not a mapping of keys to values; see --print_config for the shape"
 
 
-def _plain(text: str) -> str:
-    return re.sub(r"(?:\w+\.)+(\w+)", r"\1", re.sub(r"<class '([^']+)'>", r"\1", text))
+_RULES = (
+    _yaml_fault,
+    _missing_file,
+    _unknown_key,
+    _unknown_class,
+    _not_a_class,
+    _missing_key,
+    _wrong_value,
+    _not_a_mapping,
+)
 
 
 def _clipped(text: str, length: int = 80) -> str:

@@ -15,6 +15,9 @@ from rlhf_lightning.stages import TRAINER_STAGES, Stage, StageState, read_pipeli
 
 logger = logging.getLogger("rlhf_lightning")
 
+_DATA_KEYS = ("data.source", "data.val_source", "prompts")
+_MODEL_KEYS = ("model.model", "model.policy", "model.reference", "model.critic.init_from", "model.reward.path")
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -76,16 +79,33 @@ def _check_all(stages: list[Stage], run_dir: Path) -> None:
             if stage.command in TRAINER_STAGES:
                 from rlhf_lightning.cli import check_command
 
-                check_command(argv)
+                settings = check_command(argv)
+                inputs = {key.replace(".init_args", ""): value for key, value in settings.items()}
             else:
                 from rlhf_lightning.commands import check_function_command
 
-                check_function_command(stage.command, argv[1:])
+                inputs = check_function_command(stage.command, argv[1:])
+            _check_inputs(inputs, run_dir)
         except UserError as mistake:
             raise UserError(f"stage {stage.name}: {mistake} (No stage was started.)") from mistake
         except SystemExit:
             print(f"in stage {stage.name}; no stage was started.", file=sys.stderr)
             raise
+
+
+def _check_inputs(inputs: dict[str, Any], run_dir: Path) -> None:
+    """Refuse data and models that do not exist and that no earlier stage is going to write."""
+    from rlhf_lightning.data.readers import check_source
+    from rlhf_lightning.models.loading import resolve_model
+
+    named = inputs | {f"models.{name}": path for name, path in (inputs.get("models") or {}).items()}
+    for key, value in named.items():
+        if not isinstance(value, str) or Path(value).is_relative_to(run_dir):
+            continue
+        if key in _DATA_KEYS:
+            check_source(value)
+        elif key in _MODEL_KEYS or key.startswith("models."):
+            resolve_model(value)
 
 
 def _settle(stage: Stage, run_dir: Path, fingerprint: str, before: str | None, label: str) -> StageState:

@@ -3,23 +3,26 @@
 import contextlib
 import itertools
 import os
+import pickle
 import shutil
 import time
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from rlhf_lightning.errors import UserError, did_you_mean
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.export import check_is_checkpoint
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
 CONFIG = "config.yaml"
+_SHARDED = (".metadata", "latest")  # what marks a folder as a checkpoint in parts: torch.distributed's, DeepSpeed's
 LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
 _SHARED_CHOICE = "RLHF_LIGHTNING_RUN_DIR"
 
@@ -34,11 +37,15 @@ def claim_run_dir(run_dir: str | Path | None, name: str, *, root: str | Path = "
         root: Folder for the runs that were not named.
 
     Raises:
-        UserError: If several processes were started from outside, which would each choose a folder of its own.
+        UserError: If the folder cannot be made, or several processes were started from outside, which would each choose
+            a folder of its own.
     """
     if run_dir is not None:
         chosen = Path(run_dir)
-        chosen.mkdir(parents=True, exist_ok=True)
+        try:
+            chosen.mkdir(parents=True, exist_ok=True)
+        except OSError as fault:
+            raise UserError(f"run_dir '{chosen}' cannot be made a folder: {fault.strerror}.") from fault
         return chosen
     if int(os.environ.get("LOCAL_RANK", "0")) > 0 and _SHARED_CHOICE in os.environ:
         return Path(os.environ[_SHARED_CHOICE])  # The process that started this one has chosen for all.
@@ -81,12 +88,18 @@ def resolve_checkpoint(ckpt_path: str | None, run_dir: str | Path | None) -> str
             )
         return str(last) if last.exists() else None
     path = Path(ckpt_path)
-    if path.is_dir() or zipfile.is_zipfile(path):
+    if any((path / name).exists() for name in _SHARDED):
         return str(path)
-    if path.exists():
-        raise UserError(f"{path} is not a checkpoint, or a damaged one; give a .ckpt file that a run has written.")
-    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise UserError(f"no checkpoint {path}.{did_you_mean(path.name, siblings)}")
+    check_is_checkpoint(path)
+    _refuse_foreign(path)
+    return str(path)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Refuse a file of torch that no Trainer has written; one that holds objects is left to ``--weights_only``."""
+    with contextlib.suppress(pickle.UnpicklingError):
+        if "pytorch-lightning_version" not in torch.load(path, map_location="meta", weights_only=True, mmap=True):
+            raise UserError(f"'{path}' was not written by a Trainer; give a .ckpt file of a run's checkpoints/ folder.")
 
 
 def refuse_second_run(run_dir: str | Path | None, ckpt_path: str | None) -> None:

@@ -168,7 +168,7 @@ def test_checkpoint_never_overrides_the_config() -> None:
 def test_missing_checkpoint_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert fit("--run_dir=run") == 0
     assert fit("--ckpt_path=run/checkpoints/lst.ckpt") == 2
-    assert error_line(capsys) == "no checkpoint run/checkpoints/lst.ckpt. Did you mean 'last.ckpt'?"
+    assert error_line(capsys) == "checkpoint 'run/checkpoints/lst.ckpt' does not exist. Did you mean 'last.ckpt'?"
 
 
 def test_checkpoint_of_another_model_takes_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,6 +77,16 @@ def test_mistake_in_generate_takes_one_line(
     assert errors[0].startswith(f"error: {line}")
 
 
+def test_answers_end_where_the_model_can_read_no_further(
+    model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    limit = config["max_position_embeddings"]
+    assert main(["generate", f"--model={model_folder}", "--prompt=a", f"--max_new_tokens={2 * limit}"]) == 0
+    assert main(["generate", f"--model={model_folder}", f"--prompt={'a ' * limit}"]) == 2
+    assert f"but the model reads {limit}; give a shorter one." in capsys.readouterr().err
+
+
 def test_export_writes_the_trained_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

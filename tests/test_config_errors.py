@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from rlhf_lightning.config_errors import OneLineErrors, known_classes, readable_type
+from rlhf_lightning.config_errors import OneLineErrors
 
 
 class Penalty:
@@ -122,6 +122,19 @@ MISTAKES = {
         ("--model.overlong=cut",),
         "model.overlong is 'cut', expected one of 'truncate', 'drop'",
     ),
+    "abbreviated key of a class": (
+        ("--model.polic=p",),
+        "'model.polic' is not a key of Trainee. Did you mean 'model.policy'?",
+    ),
+    "abbreviated key of a dataclass": (
+        ("--model.drawing.temp=1",),
+        "'model.drawing.temp' is not a key of Trainee. Known here: stops, temperature.",
+    ),
+    "null for a number": (("--model.epochs=null",), "model.epochs is null, expected an integer"),
+    "null for a nested number": (
+        ("--model.penalty=FixedPenalty", "--model.penalty.coef=null"),
+        "model.penalty.coef is null, expected a number",
+    ),
     "stray word": (("fast",), "unexpected argument 'fast'; options are written as --key value"),
     "missing nested argument": (
         ("--model.penalty=AdaptivePenalty",),
@@ -159,6 +172,23 @@ CONFIGS = {
     "mistyped init_args": (
         "model: {class_path: Trainee, init_arg: {policy: p}}",
         "Did you mean 'init_args'?",
+    ),
+    "mistyped class_path": (
+        "model: {class_path: Trainee, init_args: {policy: p, penalty: {class_pth: FixedPenalty, init_args: {}}}}",
+        "'model.penalty.class_pth' is not a key. Did you mean 'class_path'?",
+    ),
+    "no class_path": (
+        "model: {class_path: Trainee, init_args: {policy: p, penalty: [1]}}",
+        "model.penalty must name a class by class_path, with its arguments under init_args. "
+        "Known: AdaptivePenalty, FixedPenalty, Penalty.",
+    ),
+    "arguments beside class_path": (
+        "model: {class_path: Trainee, init_args: {policy: p, penalty: {class_path: FixedPenalty, coef: 1}}}",
+        "model.penalty has arguments beside class_path; write them under init_args",
+    ),
+    "null for a number": (
+        "model: {class_path: Trainee, init_args: {policy: p, epochs: null}}",
+        "model.epochs is null, expected an integer",
     ),
     "wrong value": (
         "model: {class_path: Trainee, init_args: {policy: p, epochs: [1]}}",
@@ -204,14 +234,3 @@ def test_right_arguments_pass() -> None:
     parser.add_subclass_arguments(Base, "model", required=True)
     built = parser.instantiate(parser.parse_args(list(GOOD)))
     assert built.model.policy == "p"
-
-
-def test_classes_of_a_callable_are_those_it_returns() -> None:
-    assert known_classes(Callable[[int], Base]) == ["Base", "OtherTrainee", "Trainee"]
-    assert known_classes(int | None) == []
-
-
-def test_types_are_said_in_words() -> None:
-    assert readable_type(list[int]) == "a list of (an integer)"
-    assert readable_type(str | bool) == "text or true or false"
-    assert readable_type(None) == ""

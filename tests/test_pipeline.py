@@ -182,6 +182,27 @@ def test_number_that_a_later_stage_refuses_ends_before_the_first(capsys: pytest.
 
 
 @pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("name", "path", "line"),
+    [
+        ("second.yaml", ("data", "init_args", "source"), "stage second: data file './nothing' does not exist."),
+        ("second.yaml", ("data", "init_args", "val_source"), "stage second: data file './nothing' does not exist."),
+        ("compare.yaml", ("prompts",), "stage compare: data file './nothing' does not exist."),
+        ("compare.yaml", ("models", "old"), "stage compare: model folder './nothing' does not exist."),
+    ],
+)
+def test_missing_input_of_a_later_stage_ends_before_the_first(
+    name: str, path: tuple[str, ...], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(name, *path, to="./nothing")
+    assert pipeline() == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {line}")
+    assert err.endswith("(No stage was started.)\n")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.usefixtures("folder")
 def test_missing_config_ends_before_the_first_stage(capsys: pytest.CaptureFixture[str]) -> None:
     Path("compare.yaml").rename("comparison.yaml")
     assert pipeline() == 2

@@ -53,7 +53,7 @@ def train(folder: Path, *callbacks: Any, steps: int = 5) -> None:
 def checkpoint_file(folder: Path) -> Path:
     path = folder / LAST_CHECKPOINT
     path.parent.mkdir(parents=True)
-    torch.save({"step": 1}, path)
+    torch.save({"pytorch-lightning_version": "2.6.6"}, path)
     return path
 
 
@@ -61,6 +61,9 @@ def test_unnamed_runs_take_the_first_free_number(tmp_path: Path) -> None:
     (tmp_path / "ppo-2").mkdir()
     assert [claim_run_dir(None, "ppo", root=tmp_path).name for _ in range(3)] == ["ppo-1", "ppo-3", "ppo-4"]
     assert claim_run_dir(tmp_path / "named", "ppo", root=tmp_path) == tmp_path / "named"
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"run_dir '.*file' cannot be made a folder: File exists"):
+        claim_run_dir(tmp_path / "file", "ppo")
 
 
 def test_processes_of_one_run_share_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +99,22 @@ def test_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     last.write_bytes(last.read_bytes()[:50])
     with pytest.raises(UserError, match="not a checkpoint, or a damaged one"):
         resolve_checkpoint(str(last), None)
+
+
+def test_file_that_no_trainer_wrote_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="was not written by a Trainer"):
+        resolve_checkpoint(str(tmp_path / "other.ckpt"), None)
+
+
+def test_folder_is_a_checkpoint_only_if_it_is_one_in_parts(tmp_path: Path) -> None:
+    last = checkpoint_file(tmp_path)
+    with pytest.raises(UserError, match=f"is a folder; give '{last}'"):
+        resolve_checkpoint(str(tmp_path), None)
+    with pytest.raises(UserError, match=f"is a folder; give '{last}'"):
+        resolve_checkpoint(str(last.parent), None)
+    (tmp_path / ".metadata").touch()
+    assert resolve_checkpoint(str(tmp_path), None) == str(tmp_path)
 
 
 def test_folder_with_a_run_takes_no_second(tmp_path: Path) -> None:

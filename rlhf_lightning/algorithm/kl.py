@@ -94,8 +94,8 @@ class AdaptiveKL(KLControl):
         """
         if num_sequences > self.horizon:
             raise UserError(
-                f"AdaptiveKL: horizon is {self.horizon}, but an iteration has {num_sequences} sequences; make it several "
-                "times as large."
+                f"AdaptiveKL: horizon is {self.horizon}, but an iteration has {num_sequences} sequences; make it "
+                "several times as large."
             )
         error = min(max(sequence_kl / self.target - 1, -0.2), 0.2)
         self.coef *= 1 + error * num_sequences / self.horizon

@@ -2,14 +2,15 @@
 
 import contextlib
 import logging
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from lightning.pytorch import LightningDataModule
 
 from rlhf_lightning.data.chat import ConversationEncoder
+from rlhf_lightning.data.collate import TokenIds
 from rlhf_lightning.data.readers import is_hub_name, read_rows
 from rlhf_lightning.data.shapes import Prompt
 from rlhf_lightning.data.splits import HasPrompt, prompt_key, split_by_prompt
@@ -20,9 +21,24 @@ from rlhf_lightning.seeding import run_seed
 
 log = logging.getLogger("rlhf_lightning")
 
+
+class HasSequences(Protocol):
+    """What can tell the sequences of token ids that a model will read, each in its parts."""
+
+    @property
+    def sequences(self) -> list[tuple[TokenIds, ...]]:
+        """The sequences."""
+
+
 Item = TypeVar("Item", bound=HasPrompt)
-Example = TypeVar("Example")
+Example = TypeVar("Example", bound=HasSequences)
 Batch = TypeVar("Batch")
+
+
+_AGAINST_DROPPING = {
+    "dropped_overlong": "Raise max_length, or set overlong: truncate.",
+    "dropped_empty_prompt": "A chat needs prompts that say something.",
+}
 
 
 class Numbered(NamedTuple, Generic[Item]):
@@ -37,14 +53,17 @@ class Numbered(NamedTuple, Generic[Item]):
         return self.item.prompt
 
 
-class RowsDataModule(LightningDataModule, Generic[Item, Example, Batch]):
+class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
     """A data module over rows that are read once, parsed, tokenised and kept in memory.
 
     A subclass says what is in a row (:meth:`parse`), what ids that makes (:meth:`encode`) and how they make a batch
     (:meth:`collate`). The arguments are described there; here none has a default.
 
-    ``counts`` holds after :meth:`setup` how many rows were read, kept, truncated and dropped, and why.
+    ``batch_type`` is the class of its batches. ``counts`` holds after :meth:`setup` how many rows were read, kept,
+    truncated and dropped, and why.
     """
+
+    batch_type: type
 
     def __init__(
         self,
@@ -92,6 +111,12 @@ class RowsDataModule(LightningDataModule, Generic[Item, Example, Batch]):
             raise RuntimeError("the data module is not set up; call setup() first.")
         return self._encoder
 
+    def extremes(self) -> tuple[int, int]:
+        """Return the length of the longest sequence in tokens and the largest token id; there after :meth:`setup`."""
+        sequences = [parts for part in (self.train_examples, self.val_examples) for e in part for parts in e.sequences]
+        longest = max((sum(map(len, parts)) for parts in sequences), default=0)
+        return longest, max((max(ids) for parts in sequences for ids in parts if len(ids)), default=0)
+
     @abstractmethod
     def parse(self, row: dict[str, Any]) -> list[Item]:
         """Return what a row holds for this task, none, one or several items."""
@@ -124,7 +149,8 @@ class RowsDataModule(LightningDataModule, Generic[Item, Example, Batch]):
             self._encoder = ConversationEncoder(self._tokenizer(), stop_token=self.stop_token, chat=self.chat)
             self._read()
         if stage in ("validate", "test") and not self.val_examples:
-            raise UserError(f"{stage} needs validation rows; set val_source or val_size.")
+            command = getattr(stage, "value", stage)  # an enumeration when it comes from the Trainer
+            raise UserError(f"{command} needs validation rows; set val_source or val_size.")
 
     def train_dataloader(self) -> BatchStream[Example, Batch]:
         """Return a new resumable stream over the training rows, from its beginning."""
@@ -208,7 +234,8 @@ class RowsDataModule(LightningDataModule, Generic[Item, Example, Batch]):
         own = {name.removeprefix(f"{part}_"): n for name, n in self.counts.items() if n and name.startswith(f"{part}_")}
         told = ", ".join(f"{name} {n}" for name, n in own.items())
         if not examples:
-            raise UserError(f"nothing is left of the {part} rows of {source!r}: {told}.{self._first_bad}")
+            advice = "".join(f" {what}" for name, what in _AGAINST_DROPPING.items() if own.get(name))
+            raise UserError(f"nothing is left of the {part} rows of {source!r}: {told}.{advice}{self._first_bad}")
         if self._place()[0] == 0:
             log.info("%s data from %s: %s", part, source, told)
         return examples

@@ -31,8 +31,7 @@ class ConversationEncoder:
         if chat and not tokenizer.chat_template:
             raise UserError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; set chat: false to use plain text, "
-                "or take "
-                "a model that was tuned for chat."
+                "or take a model that was tuned for chat."
             )
         self.tokenizer = tokenizer
         self.chat = chat
@@ -101,8 +100,8 @@ class ConversationEncoder:
         if not whole.startswith(prompt_text):
             raise UserError(
                 "the chat template does not put a reply after its generation prompt (a conversation with the reply "
-                "does not "
-                "begin with the prompt), so prompt and response cannot be told apart; give a template that does."
+                "does not begin with the prompt), so prompt and response cannot be told apart; give a template that "
+                "does."
             )
         return whole.removeprefix(prompt_text)
 
@@ -113,6 +112,11 @@ class ConversationEncoder:
             text: str = self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=add_generation_prompt, tokenize=False
             )
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(
+                f"the chat template of {self.tokenizer.name_or_path!r} does not parse (line {error.lineno}: "
+                f"{error.message})."
+            ) from error
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             roles = ", ".join(message["role"] for message in messages)
             reason = " ".join(str(error).split())[:150]

@@ -20,12 +20,22 @@ class PairExample(NamedTuple):
     chosen_ids: TokenIds
     rejected_ids: TokenIds
 
+    @property
+    def sequences(self) -> list[tuple[TokenIds, ...]]:
+        """What a model reads, each sequence in its parts."""
+        return [(self.prompt_ids, self.chosen_ids), (self.prompt_ids, self.rejected_ids)]
+
 
 class SequenceExample(NamedTuple):
     """Token ids of a prompt and of the response to it."""
 
     prompt_ids: TokenIds
     response_ids: TokenIds
+
+    @property
+    def sequences(self) -> list[tuple[TokenIds, ...]]:
+        """What a model reads, each sequence in its parts."""
+        return [(self.prompt_ids, self.response_ids)]
 
 
 class PromptExample(NamedTuple):
@@ -34,6 +44,11 @@ class PromptExample(NamedTuple):
     prompt_ids: TokenIds
     prompt: Prompt
     row: dict[str, Any]
+
+    @property
+    def sequences(self) -> list[tuple[TokenIds, ...]]:
+        """What a model reads, each sequence in its parts."""
+        return [(self.prompt_ids,)]
 
 
 class PairBatch(NamedTuple):

@@ -40,6 +40,8 @@ class PreferenceDataModule(RowsDataModule[Pair, PairExample, PairBatch]):
         UserError: If numbers do not go together; from ``setup`` if the data cannot be used.
     """
 
+    batch_type = PairBatch
+
     def __init__(
         self,
         source: str,

@@ -11,12 +11,14 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from rlhf_lightning.errors import UserError, did_you_mean
 
 Row = dict[str, Any]
 
+_JSON_KINDS = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
 _BUILTIN_PREFIX = "builtin:demo/"
 _LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -43,19 +45,28 @@ def read_rows(source: str, *, split: str = "train") -> list[Row]:
         >>> read_rows(str(path))
         [{'prompt': 'Hi'}]
     """
+    check_source(source)
     if source.startswith("builtin:"):
         rows = _read_builtin(source)
-    elif os.path.isdir(source):
-        raise UserError(f"data source {source!r} is a folder; give one of its files: {_listed(Path(source))}.")
     elif os.path.isfile(source):
         rows = _read_file(Path(source))
-    elif is_hub_name(source):
-        rows = _read_hub(source, split)
     else:
-        raise UserError(f"data file {source!r} does not exist.{_nearest_file(Path(source))}")
+        rows = _read_hub(source, split)
     if not rows:
         raise UserError(f"data source {source!r} holds no rows; give one with at least one row.")
     return rows
+
+
+def check_source(source: str) -> None:
+    """Refuse a source that is not there, without reading it; what the hub has is not asked.
+
+    Raises:
+        UserError: If it is a folder or a file that does not exist, naming what comes near.
+    """
+    if os.path.isdir(source):
+        raise UserError(f"data source {source!r} is a folder; give one of its files: {_listed(Path(source))}.")
+    if not (source.startswith("builtin:") or os.path.isfile(source) or is_hub_name(source)):
+        raise UserError(f"data file {source!r} does not exist.{_nearest_file(Path(source))}")
 
 
 def is_hub_name(source: str) -> bool:
@@ -126,7 +137,7 @@ def _json_value(text: str, where: str) -> Any:
 
 def _checked_object(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
-        raise UserError(f"{where}: a JSON {type(value).__name__} where an object with named columns was expected.")
+        raise UserError(f"{where}: a JSON {_JSON_KINDS[type(value)]}, where an object with named columns was expected.")
     return value
 
 
@@ -159,7 +170,7 @@ def _read_parquet(path: Path) -> list[Row]:
     try:
         rows: list[Row] = pq.read_table(path).to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"'{path}': not a parquet file ({' '.join(str(error).split())[:150]}).") from error
+        raise UserError(f"'{path}': not a parquet file ({shorten(str(error), 150, placeholder=' ...')}).") from error
     return rows
 
 
@@ -185,10 +196,10 @@ def _read_hub(source: str, split: str) -> list[Row]:
     try:
         rows: list[Row] = datasets.load_dataset(name, config or None, split=split).to_list()
     except Exception as error:  # the hub client raises errors of half a dozen packages
-        reason = " ".join(str(error).split())[:200]
+        reason = shorten(str(error), 200, placeholder=" ...").rstrip(".")
         raise UserError(
-            f"data source {source!r} (split {split!r}) is no file here and could not be loaded from the hub: {reason} "
-            "For a local file give its path with its ending."
+            f"data source {source!r} (split {split!r}) is no file here and could not be loaded from the hub: {reason}. "
+            f"For a local file give its path with its ending.{did_you_mean(source, _usable(Path()))}"
         ) from error
     return rows
 

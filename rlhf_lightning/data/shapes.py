@@ -12,12 +12,13 @@ response is text. Understood are
   ``completion`` or ``output`` or ``answer``; ``messages`` or ``conversations`` that end with a reply; ``text``.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any, NamedTuple, cast
 
-from rlhf_lightning.errors import UserError, did_you_mean
+from rlhf_lightning.errors import UserError, nearest
 
 Message = dict[str, str]
 Prompt = str | list[Message]
@@ -71,8 +72,7 @@ def parse_pair(row: Mapping[str, Any], *, chat: bool = True) -> Pair:
     if "label" in row and not {"chosen", "rejected"} & set(row):
         raise UserError(
             "the row is unpaired (it has a label, but no chosen and rejected); preference pairs need both. Unpaired "
-            "rows "
-            "can serve as demonstrations or prompts."
+            "rows can serve as demonstrations or prompts."
         )
     for column in ("chosen", "rejected"):
         if column not in row:
@@ -81,7 +81,8 @@ def parse_pair(row: Mapping[str, Any], *, chat: bool = True) -> Pair:
     if all(isinstance(side, str) for side in sides):
         return _text_pair(row, sides, chat=chat)
     if any(isinstance(side, str) for side in sides):
-        raise UserError("of chosen and rejected one is text and one is not; both must be of one kind.")
+        found = " and ".join(f"{name} is {_described(row[name])}" for name in ("chosen", "rejected"))
+        raise UserError(f"{found}; both must be text, or both chat messages.")
     chosen, rejected = (_messages(row[column], column) for column in ("chosen", "rejected"))
     if all(message["role"] == "assistant" for message in chosen + rejected):
         return Pair(_stated_prompt(row, chat=chat), _joined(chosen), _joined(rejected))
@@ -171,8 +172,7 @@ def _text_pair(row: Mapping[str, Any], sides: list[str], *, chat: bool) -> Pair:
     if not all(_is_dialogue(side) for side in sides):
         raise UserError(
             f"chosen and rejected are texts without a prompt column (found {_found(row)}), and no dialogues that begin "
-            "with "
-            f"'Human:'; expected a prompt.{did_you_mean('prompt', row)}"
+            f"with 'Human:'; expected a prompt.{_renaming('prompt', row)}"
         )
     if chat:
         return _split_conversations(_dialogue(sides[0]), _dialogue(sides[1]))
@@ -310,7 +310,9 @@ def _text(value: Any, column: str) -> str:
 
 
 def _described(value: Any) -> str:
-    return "null" if value is None else f"of kind {type(value).__name__}" + ("" if value else " and empty")
+    if isinstance(value, list | dict):
+        return f"a {type(value).__name__}" if value else f"an empty {type(value).__name__}"
+    return "text" if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _first(columns: tuple[str, ...], row: Mapping[str, Any]) -> str | None:
@@ -322,4 +324,9 @@ def _found(row: Mapping[str, Any]) -> str:
 
 
 def _missing(column: str, row: Mapping[str, Any]) -> UserError:
-    return UserError(f"no column {column!r}; found {_found(row)}.{did_you_mean(column, row)}")
+    return UserError(f"no column {column!r}; found {_found(row)}.{_renaming(column, row)}")
+
+
+def _renaming(column: str, row: Mapping[str, Any]) -> str:
+    close = nearest(column, row)
+    return f" Rename {close!r} to {column!r}, if that is it." if close else ""

@@ -42,6 +42,8 @@ class DemonstrationDataModule(RowsDataModule[Demonstration, SequenceExample, Seq
         UserError: If numbers do not go together; from ``setup`` if the data cannot be used.
     """
 
+    batch_type = SequenceBatch
+
     def __init__(
         self,
         source: str,

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,15 @@ from rlhf_lightning.evaluation.judges import Judges
 from rlhf_lightning.evaluation.prompts import PromptSet, encode_prompts, read_prompts
 from rlhf_lightning.evaluation.report import render
 from rlhf_lightning.evaluation.summary import Comparison, summarize
-from rlhf_lightning.models.loading import context_length, load_causal_lm, load_config, load_tokenizer, resolve_model
+from rlhf_lightning.models.loading import (
+    context_length,
+    foreign_token,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    refuse_other_than_causal_lm,
+    resolve_model,
+)
 from rlhf_lightning.rollout.reward_sources import RewardSource
 from rlhf_lightning.rollout.sampler import SamplingConfig, resolve_stop_ids
 
@@ -156,7 +165,7 @@ def _shared_tokens(
     tokenizers = {name: load_tokenizer(path) for name, path in models.items()}
     own = tokenizers[base]
     for name, other in tokenizers.items():
-        _check_vocabulary(name, base, other.get_vocab(), own.get_vocab())
+        _check_vocabulary(name, base, other, own)
     prompt_ids = encode_prompts(ConversationEncoder(own, chat=chat), prompts.prompts, max_length)
     for name, other in tokenizers.items():
         encoder = ConversationEncoder(other, chat=chat)
@@ -168,9 +177,9 @@ def _shared_tokens(
     return own, prompt_ids
 
 
-def _check_vocabulary(name: str, base: str, vocabulary: Mapping[str, int], own: Mapping[str, int]) -> None:
+def _check_vocabulary(name: str, base: str, other: "PreTrainedTokenizerBase", own: "PreTrainedTokenizerBase") -> None:
     """Refuse a model to which a token of the base means something else; it may have further ones."""
-    strange = next((token for token, number in own.items() if vocabulary.get(token) != number), None)
+    strange = foreign_token(own, other)
     if strange is not None:
         raise UserError(
             f"models {base!r} and {name!r} have different tokenizers (such as for {strange!r}); compare models of one "
@@ -186,6 +195,7 @@ def _checked_base(models: Mapping[str, str], base: str | None) -> str:
             continue
         if not any(Path(resolve_model(path)).glob("*.safetensors*")):
             raise UserError(f"models.{name}: the folder {path!r} has no weights (model.safetensors); train it first.")
+        refuse_other_than_causal_lm(load_config(path), path)
     chosen = next(iter(models)) if base is None else base
     if chosen not in models:
         raise UserError(
@@ -231,7 +241,7 @@ def _checked_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        reason = (str(error).strip().splitlines() or ["unknown"])[0][:120]
+        reason = shorten(str(error).strip().partition("\n")[0], 120, placeholder=" ...")
         raise UserError(
             f"device is {device!r}, which cannot be used here ({reason}); give auto, cpu or cuda."
         ) from error

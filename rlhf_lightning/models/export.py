@@ -1,12 +1,14 @@
 """Models and checkpoints out to plain Hugging Face folders."""
 
+import pickle
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import UserError, did_you_mean
 from rlhf_lightning.models.loading import quiet_transformers
 
 if TYPE_CHECKING:
@@ -57,10 +59,7 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path) -> Path:
         UserError: If the file is missing, damaged or from elsewhere, or the folder is not empty.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    if not checkpoint.is_file():
-        raise UserError(
-            f"checkpoint {str(checkpoint)!r} does not exist; give a .ckpt file of a run's checkpoints/ folder."
-        )
+    check_is_checkpoint(checkpoint)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output {str(output)!r} exists and is not an empty folder; give another or remove it.")
     state = _read_checkpoint(checkpoint)
@@ -74,9 +73,32 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path) -> Path:
     return output
 
 
+def check_is_checkpoint(path: Path) -> None:
+    """Refuse what cannot be a checkpoint file, without reading it.
+
+    Raises:
+        UserError: If it is missing, a folder, damaged, or a file of another kind.
+    """
+    if path.is_dir():
+        inside = [*sorted(path.glob("*.ckpt")), *sorted(path.glob("checkpoints/*.ckpt"))]
+        advice = f"'{inside[0]}'" if inside else "a .ckpt file of a run's checkpoints/ folder"
+        raise UserError(f"checkpoint '{path}' is a folder; give {advice}.")
+    if not path.exists():
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        advice = did_you_mean(path.name, siblings) or " Give a .ckpt file of a run's checkpoints/ folder."
+        raise UserError(f"checkpoint '{path}' does not exist.{advice}")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"'{path}' is not a checkpoint, or a damaged one; give a .ckpt file that a run has written.")
+
+
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"checkpoint {str(path)!r} holds Python objects, which could run code when loaded; none that this package "
+            "writes does."
+        ) from error
     except Exception as error:  # torch raises pickle, zip and runtime errors alike
         reason = str(error).strip().splitlines()
         raise UserError(

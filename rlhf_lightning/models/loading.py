@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -41,21 +42,33 @@ def resolve_model(name: str) -> str:
         raise UserError(f"model {name!r} is a file; give the Hugging Face folder that holds config.json and weights.")
     parent = path.parent
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or ("/" in name and parent.is_dir()):
-        siblings = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+        if not parent.is_dir():
+            raise UserError(f"model folder {name!r} does not exist. Its folder {str(parent)!r} does not exist either.")
+        siblings = [entry.name for entry in parent.iterdir()]
         raise UserError(f"model folder {name!r} does not exist.{did_you_mean(path.name, siblings)}")
     return name
 
 
-def load_config(name: str) -> "PretrainedConfig":
+def load_config(name: str, overrides: dict[str, Any] | None = None) -> "PretrainedConfig":
     """Load the config of a model folder or hub name.
 
+    Args:
+        name: A Hugging Face folder, hub name or ``builtin:demo``.
+        overrides: Entries to be changed.
+
     Raises:
-        UserError: If there is none, or it is of no architecture that transformers knows.
+        UserError: If there is none, it is of no architecture that transformers knows, or an override is no entry of it
+            or of the wrong type.
     """
     from transformers import AutoConfig
 
-    with _reading(name, "config"):
-        return AutoConfig.from_pretrained(resolve_model(name))
+    with _reading(name, "config"), quiet_transformers():
+        config = AutoConfig.from_pretrained(resolve_model(name))
+    for key, value in (overrides or {}).items():
+        _override(config, key, value, name)
+    if overrides:
+        _fit_heads(config, overrides)
+    return config
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
@@ -74,7 +87,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
             f"model folder {name!r} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); copy the "
             "tokenizer files of the model it came from into it."
         )
-    with _reading(name, "tokenizer"):
+    with _reading(name, "tokenizer"), quiet_transformers():
         return AutoTokenizer.from_pretrained(path)
 
 
@@ -102,12 +115,15 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
-    config = _overridden(load_config(name), config_overrides, name, pretrained=pretrained)
-    _refuse_wrong_head(config, name, wanted="ForCausalLM", pretrained=pretrained)
+    if config_overrides and pretrained:
+        raise UserError("config_overrides changes the shape of the model and so needs pretrained: false.")
+    config = load_config(name, config_overrides)
     if pretrained:
+        refuse_other_than_causal_lm(config, name)
         model = _load_weights(AutoModelForCausalLM, name, config, dtype, may_miss=())
     else:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        with _reading(name, "model"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return disable_dropout(model).train()
 
 
@@ -148,6 +164,12 @@ def load_sequence_classifier(
     return disable_dropout(model).train()
 
 
+def foreign_token(own: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> str | None:
+    """Return a token of ``own`` that means something else to ``other``, which may have more; ``None`` if none does."""
+    vocabulary = other.get_vocab()
+    return next((token for token, number in own.get_vocab().items() if vocabulary.get(token) != number), None)
+
+
 def disable_dropout(model: M) -> M:
     """Set every dropout probability of a model to 0, in place, and return it.
 
@@ -178,16 +200,28 @@ def _load_weights(
 ) -> "PreTrainedModel":
     path = resolve_model(name)
     if Path(path).is_dir() and not any((Path(path) / file).is_file() for file in _WEIGHT_FILES):
+        pickled = next(iter(sorted(Path(path).glob("*.bin"))), None)
+        if pickled:
+            raise UserError(
+                f"model folder {name!r} has its weights in {pickled.name}, which could run code when loaded; convert "
+                f"them to {_WEIGHT_FILES[0]}."
+            )
         raise UserError(
-            f"model folder {name!r} has no weights ({_WEIGHT_FILES[0]}); to train from scratch set pretrained: false."
+            f"model folder {name!r} has no weights ({_WEIGHT_FILES[0]}); name one that was trained, or, to train from "
+            "scratch by SFTModule, set pretrained: false."
         )
     with _reading(name, "model"), quiet_transformers():
         model, info = factory.from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True
+            path,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # it goes on and tells of them, which are refused below
         )
     missing = sorted(set(info["missing_keys"]) - set(may_miss))
     if missing or info["mismatched_keys"]:
-        wrong = missing or [str(key) for key in info["mismatched_keys"]]
+        wrong = missing or sorted(str(key[0]) for key in info["mismatched_keys"])
         raise UserError(
             f"the weights of {name!r} do not fit its config: {len(wrong)} tensors missing or of another shape, such as "
             f"{wrong[0]!r}."
@@ -195,19 +229,16 @@ def _load_weights(
     return model
 
 
-def _overridden(
-    config: "PretrainedConfig", overrides: dict[str, Any] | None, name: str, *, pretrained: bool
-) -> "PretrainedConfig":
-    if overrides and pretrained:
-        raise UserError("config_overrides changes the shape of the model and so needs pretrained: false.")
-    for key, value in (overrides or {}).items():
-        if not hasattr(config, key):
-            options = config.to_dict()
-            raise UserError(f"config_overrides: {name!r} has no entry {key!r}.{did_you_mean(key, options)}")
+def _override(config: "PretrainedConfig", key: str, value: Any, name: str) -> None:
+    if not hasattr(config, key):
+        raise UserError(f"config_overrides: {name!r} has no entry {key!r}.{did_you_mean(key, config.to_dict())}")
+    before = getattr(config, key)
+    try:
         setattr(config, key, value)
-    if overrides:
-        _fit_heads(config, overrides)
-    return config
+    except Exception as error:  # transformers checks types by an exception of huggingface_hub's
+        raise UserError(
+            f"config_overrides: {key} is {value!r}, expected a value like {before!r}, which {name!r} has."
+        ) from error
 
 
 def _fit_heads(config: "PretrainedConfig", overrides: dict[str, Any]) -> None:
@@ -226,10 +257,15 @@ def _fit_heads(config: "PretrainedConfig", overrides: dict[str, Any]) -> None:
         config.head_dim = config.hidden_size // config.num_attention_heads
 
 
-def _refuse_wrong_head(config: "PretrainedConfig", name: str, *, wanted: str, pretrained: bool) -> None:
-    architectures = config.architectures or []
-    if pretrained and architectures and not any(wanted in kind or "LMHead" in kind for kind in architectures):
-        raise UserError(f"model {name!r} is a {architectures[0]}; a language model ({wanted}) was expected here.")
+def refuse_other_than_causal_lm(config: "PretrainedConfig", name: str) -> None:
+    """Refuse a config that says that the weights beside it are of another head.
+
+    Raises:
+        UserError: Naming what they are.
+    """
+    kinds = config.architectures or []
+    if kinds and not any("ForCausalLM" in kind or "LMHead" in kind for kind in kinds):
+        raise UserError(f"model {name!r} is a {kinds[0]}; a language model (ForCausalLM) was expected here.")
 
 
 @contextlib.contextmanager
@@ -240,14 +276,26 @@ def _reading(name: str, what: str) -> Iterator[None]:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        if Path(name).is_dir() or name in BUILTIN_MODELS:
+            raise UserError(f"the {what} of {name!r} could not be loaded: {_reason(error)}") from error
         raise UserError(
-            f"the {what} of {name!r} could not be loaded from a folder or the hub: {reason[:300]}"
+            f"{name!r} is no folder here, and its {what} could not be loaded from the hub: "
+            f"{_reason(error).split('. ')[0].rstrip('.')}."
+            f"{did_you_mean(name, _model_folders())}"
         ) from error
     except Exception as error:
         if type(error).__module__.split(".")[0] not in {"safetensors_rust", "safetensors", "huggingface_hub", "httpx"}:
             raise
-        raise UserError(f"the {what} of {name!r} could not be read: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"the {what} of {name!r} could not be read; is a file damaged? {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    text = shorten(str(error), 200, placeholder=" ...")
+    return text if text.endswith(" ...") else f"{text.rstrip('.')}."
+
+
+def _model_folders() -> list[str]:
+    return [entry.parent.name for entry in Path().glob("*/config.json")]
 
 
 @contextlib.contextmanager

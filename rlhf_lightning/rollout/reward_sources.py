@@ -1,13 +1,17 @@
 """Where scores come from: a reward model, a Python function, a weighted sum of several."""
 
-import importlib
 import importlib.util
 import inspect
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
+from textwrap import shorten
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,7 +19,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.errors import UserError, did_you_mean
 from rlhf_lightning.functional.sequences import SequenceBatch, pad_sequences
-from rlhf_lightning.models.loading import load_sequence_classifier, load_tokenizer
+from rlhf_lightning.models.loading import foreign_token, load_sequence_classifier, load_tokenizer
 from rlhf_lightning.models.scalar_head import ScalarModel
 
 if TYPE_CHECKING:
@@ -54,7 +58,7 @@ class Scores(NamedTuple):
     parts: dict[str, Tensor]
 
 
-class RewardSource(nn.Module):
+class RewardSource(nn.Module, ABC):
     """Anything that scores responses; frozen, and never trained by what it scores."""
 
     name: str = "reward"
@@ -66,9 +70,9 @@ class RewardSource(nn.Module):
             tokenizer: The policy's.
         """
 
+    @abstractmethod
     def score(self, batch: ScoringBatch) -> Scores:
         """Score each response; float32, finite."""
-        raise NotImplementedError
 
 
 class RewardModel(RewardSource):
@@ -207,24 +211,47 @@ def load_function(path: str) -> Callable[..., Sequence[float]]:
     module_name, separator, name = path.rpartition(":")
     if not separator or not name:
         raise UserError(f"function {path!r} must have the form package.module:name or path/to/file.py:name.")
-    if module_name.endswith(".py"):
-        if not Path(module_name).is_file():
-            raise UserError(f"function {path!r}: the file {module_name!r} does not exist.")
-        spec = importlib.util.spec_from_file_location(f"reward_file.{Path(module_name).stem}", module_name)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses, among others, look their module up there
-        spec.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            raise UserError(f"function {path!r}: no module {error.name!r} can be imported.") from error
+    try:
+        module = _module_of_file(Path(module_name)) if module_name.endswith(".py") else import_module(module_name)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's own code raises
+        file = f"{module_name.replace('.', '/')}.py"
+        advice = f" For the file give '{file}:{name}'." if Path(file).is_file() else ""
+        raise UserError(f"function {path!r} cannot be imported: {described_failure(error)}.{advice}") from error
     function = getattr(module, name, None)
-    if not callable(function):
+    if function is None:
         raise UserError(f"function {path!r}: {module_name} has no function {name!r}.{did_you_mean(name, dir(module))}")
+    if not callable(function):
+        raise UserError(f"function {path!r}: {name!r} is a {type(function).__name__}, not a function.")
     return function
+
+
+def _module_of_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        siblings = [entry.name for entry in path.parent.glob("*.py")]
+        raise UserError(f"the file '{path}' of a reward function does not exist.{did_you_mean(path.name, siblings)}")
+    spec = importlib.util.spec_from_file_location(f"reward_file.{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses, among others, look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def described_failure(error: Exception) -> str:
+    """Return what the user's own code raised, and in which line of which file.
+
+    Example:
+        >>> described_failure(ValueError("no"))
+        'ValueError: no'
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    if isinstance(error, SyntaxError | ModuleNotFoundError):
+        place = ""  # The first tells its place itself; the other's is in the import system.
+    return shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...") + place
 
 
 def columns_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -258,18 +285,18 @@ def call_with_columns(
     wanted = {p.name for p in named}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         wanted = set(columns) - {p.name for p in parameters[:2]} | wanted
-    numbers = function(prompts, responses, **{key: column for key, column in columns.items() if key in wanted})
-    if numbers is None:
-        raise UserError(f"reward function {name!r} returned None; it must return one number for each response.")
+    try:
+        numbers = function(prompts, responses, **{key: column for key, column in columns.items() if key in wanted})
+    except Exception as error:  # whatever the user's own code raises
+        raise UserError(f"reward function {name!r} failed: {described_failure(error)}.") from error
+    if not isinstance(numbers, Iterable):
+        raise UserError(f"reward function {name!r} returned {numbers}; it must return one number for each response.")
     return list(numbers)
 
 
 def same_tokenization(a: "PreTrainedTokenizerBase", b: "PreTrainedTokenizerBase") -> bool:
     """Tell whether tokens of ``a`` mean the same to ``b``, which may have more, and both template chats alike."""
-    vocabulary_a, vocabulary_b = a.get_vocab(), b.get_vocab()
-    if any(vocabulary_b.get(token) != number for token, number in vocabulary_a.items()):
-        return False
-    if (a.chat_template or "") != (b.chat_template or ""):
+    if foreign_token(a, b) is not None or (a.chat_template or "") != (b.chat_template or ""):
         return False
     if a.is_fast and b.is_fast:
         parts = [json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (a, b)]

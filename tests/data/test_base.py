@@ -119,6 +119,18 @@ def test_numbers_that_do_not_go_together_are_refused_before_anything_is_read(
         PreferenceDataModule("no_such_file.jsonl", **settings)
 
 
+def test_extremes_are_those_of_all_that_a_model_will_read(tmp_path: Path) -> None:
+    data = pairs(write(tmp_path, PAIRS), val_size=6)
+    examples = [*data.train_examples, *data.val_examples]
+    sides = [[*e.prompt_ids, *side] for e in examples for side in (e.chosen_ids, e.rejected_ids)]
+    assert data.extremes() == (max(map(len, sides)), max(map(max, sides)))
+
+
+def test_what_drops_all_rows_is_told_with_a_way_out(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"dropped_overlong 20\. Raise max_length, or set overlong: truncate\."):
+        pairs(write(tmp_path, PAIRS), max_length=8, max_prompt_length=7)
+
+
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no tokenizer: .* set tokenizer"):
         pairs(write(tmp_path, PAIRS), tokenizer=None)

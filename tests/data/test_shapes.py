@@ -93,19 +93,19 @@ def test_an_empty_reply_is_a_reply() -> None:
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"promt": "Hi", "chosen": "a", "rejected": "b"}, ["'promt'", "Did you mean 'promt'"]),
-        ({"prompt": "Hi", "chosn": "a", "rejected": "b"}, ["no column 'chosen'", "'chosn'", "Did you mean 'chosn'"]),
+        ({"promt": "Hi", "chosen": "a", "rejected": "b"}, ["'promt'", "Rename 'promt' to 'prompt'"]),
+        ({"prompt": "Hi", "chosn": "a", "rejected": "b"}, ["no column 'chosen'", "Rename 'chosn' to 'chosen'"]),
         ({"prompt": "Hi", "chosen": "a"}, ["no column 'rejected'", "'prompt', 'chosen'"]),
         ({}, ["no column 'chosen'", "found nothing"]),
         ({"messages": [*HI, assistant("a")], "label": True}, ["unpaired", "demonstrations"]),
-        ({"prompt": 3, "chosen": "a", "rejected": "b"}, ["prompt is of kind int", "expected text"]),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, ["prompt is 3; expected text"]),
         ({"prompt": None, "chosen": "a", "rejected": "b"}, ["prompt is null"]),
-        ({"prompt": "Hi", "chosen": "a", "rejected": None}, ["one is text and one is not"]),
+        ({"prompt": "Hi", "chosen": "a", "rejected": None}, ["chosen is text and rejected is null"]),
         ({"prompt": "Hi", "chosen": None, "rejected": None}, ["chosen is null"]),
-        ({"prompt": "Hi", "chosen": [], "rejected": []}, ["chosen is of kind list and empty"]),
+        ({"prompt": "Hi", "chosen": [], "rejected": []}, ["chosen is an empty list"]),
         ({"prompt": [{"role": "narrator", "content": "x"}], "chosen": "a", "rejected": "b"}, ["'narrator'", "gpt"]),
         ({"prompt": [{"speaker": "me", "text": "x"}], "chosen": "a", "rejected": "b"}, ["'speaker'", "from and value"]),
-        ({"prompt": [user("x"), "y"], "chosen": "a", "rejected": "b"}, ["kind str", "role and content"]),
+        ({"prompt": [user("x"), "y"], "chosen": "a", "rejected": "b"}, ["a message with text", "role and content"]),
         ({"prompt": [*HI, assistant("x")], "chosen": "a", "rejected": "b"}, ["ends with the assistant's message"]),
         ({"prompt": HH + " x", "chosen": "a", "rejected": "b"}, ["ends with the assistant's message"]),
         ({"chosen": [*HI, assistant("a")], "rejected": [user("Ho"), assistant("a")]}, ["differ before their last"]),
@@ -151,7 +151,7 @@ def test_text_gives_its_first_words_as_a_prompt_only_when_asked() -> None:
     assert parse_prompt(row, text_words=50) == row["text"]
     with pytest.raises(UserError, match="text_words"):
         parse_prompt(row)
-    with pytest.raises(UserError, match=r"no column 'prompt'; found 'prmpt'\. Did you mean 'prmpt'"):
+    with pytest.raises(UserError, match=r"no column 'prompt'; found 'prmpt'\. Rename 'prmpt' to 'prompt'"):
         parse_prompt({"prmpt": "Hi"})
     with pytest.raises(UserError, match="nothing but the assistant's reply"):
         parse_prompt({"messages": [assistant("a")]})
@@ -183,7 +183,9 @@ def test_demonstrations_that_are_none() -> None:
         parse_demonstration({"messages": [assistant("a")]})
     with pytest.raises(UserError, match="completion holds messages that are not the assistant's"):
         parse_demonstration({"prompt": "Hi", "completion": HI})
-    with pytest.raises(UserError, match=r"no column 'response'; found 'prompt', 'reponse'\. Did you mean 'reponse'"):
+    with pytest.raises(
+        UserError, match=r"no column 'response'; found 'prompt', 'reponse'\. Rename 'reponse' to 'response'"
+    ):
         parse_demonstration({"prompt": "Hi", "reponse": "a"})
     with pytest.raises(UserError, match="chat: false"):
         parse_demonstration({"text": "Once upon a time"})

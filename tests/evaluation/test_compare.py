@@ -12,7 +12,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.compare import compare
 from rlhf_lightning.evaluation.generations import sample_responses
 from rlhf_lightning.models.export import write_model_folder
-from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
+from rlhf_lightning.models.loading import load_causal_lm, load_sequence_classifier, load_tokenizer
 from rlhf_lightning.rollout.reward_sources import FunctionReward, RewardModel
 from rlhf_lightning.rollout.sampler import SamplingConfig
 
@@ -176,6 +176,13 @@ def test_models_of_different_templates_are_refused(tiny_models: dict[str, str], 
     write_model_folder(tmp_path / "model", load_causal_lm(tiny_models["other"]), tokenizer)
     with pytest.raises(UserError, match="turn the same prompts into different tokens"):
         run({"base": tiny_models["base"], "other": str(tmp_path / "model")}, tmp_path / "out")
+
+
+def test_a_reward_model_is_refused_before_any_answers(tiny_models: dict[str, str], tmp_path: Path) -> None:
+    scorer = load_sequence_classifier(tiny_models["base"], new_head=True)
+    write_model_folder(tmp_path / "scorer", scorer, load_tokenizer("builtin:demo"))
+    with pytest.raises(UserError, match="is a LlamaForSequenceClassification; a language model"):
+        run({**tiny_models, "scorer": str(tmp_path / "scorer")}, tmp_path / "out", prompts="none.jsonl")
 
 
 def test_a_diverged_model_is_refused(tiny_models: dict[str, str], tmp_path: Path) -> None:

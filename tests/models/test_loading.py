@@ -2,6 +2,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import (
     OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
@@ -23,6 +25,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.loading import (
     context_length,
     disable_dropout,
+    foreign_token,
     load_causal_lm,
     load_config,
     load_sequence_classifier,
@@ -113,10 +116,12 @@ class TestLanguageModels:
         [
             ({"hiden_size": 64}, "has no entry 'hiden_size'. Did you mean 'hidden_size'?"),
             ({"hidden_size": 65}, "hidden_size 65 is not divisible by 4 heads"),
+            ({"hidden_size": "big"}, "hidden_size is 'big', expected a value like 128"),
+            ({"hidden_size": -64}, "the model of 'builtin:demo' could not be loaded: "),
             ({"num_attention_heads": 2}, "num_attention_heads 2 is not divisible by num_key_value_heads 4"),
         ],
     )
-    def test_overrides_that_cannot_be(self, overrides: dict[str, int], message: str) -> None:
+    def test_overrides_that_cannot_be(self, overrides: dict[str, Any], message: str) -> None:
         with pytest.raises(UserError) as error:
             load_causal_lm("builtin:demo", pretrained=False, config_overrides=overrides)
         assert message in str(error.value)
@@ -143,7 +148,12 @@ class TestLanguageModels:
     def test_weights_of_another_shape(self, language_model: Path) -> None:
         config = json.loads((language_model / "config.json").read_text())
         (language_model / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match=r"do not fit its config: .* of another shape, such as 'model\.layers"):
+            load_causal_lm(str(language_model))
+
+    def test_pickled_weights_are_not_loaded(self, language_model: Path) -> None:
+        (language_model / "model.safetensors").rename(language_model / "pytorch_model.bin")
+        with pytest.raises(UserError, match=r"has its weights in pytorch_model\.bin, which could run code"):
             load_causal_lm(str(language_model))
 
     def test_damaged_weights(self, language_model: Path) -> None:
@@ -235,3 +245,10 @@ def test_a_tokenizer_is_loaded_or_missed(language_model: Path, reward_model: Pat
 def test_how_far_positions_reach(make_config: Callable[..., PreTrainedConfig]) -> None:
     assert context_length(make_config("llama")) == context_length(make_config("gpt2")) == 64
     assert context_length(BloomConfig(vocab_size=37, hidden_size=16, n_layer=1, n_head=2)) is None
+
+
+def test_a_vocabulary_may_be_larger_but_not_another(demo_tokenizer: PreTrainedTokenizerBase) -> None:
+    larger = load_tokenizer("builtin:demo")
+    larger.add_tokens(["<new>"])
+    assert foreign_token(demo_tokenizer, larger) is None
+    assert foreign_token(larger, demo_tokenizer) == "<new>"

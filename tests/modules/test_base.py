@@ -207,6 +207,12 @@ def test_a_run_without_an_end_can_have_a_schedule(ppo: MakePPO, prompts: MakePro
     assert module.counters["iterations"] == 3
 
 
+def test_what_the_optimizer_refuses_takes_one_line(ppo: MakePPO, prompts: MakePrompts, trainer: MakeTrainer) -> None:
+    module = ppo(optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=-1.0))
+    with pytest.raises(UserError, match=r"the optimizer refuses its arguments: Invalid learning rate: -1\.0\."):
+        trainer(max_steps=1).fit(module, datamodule=prompts())
+
+
 def test_a_schedule_that_waits_for_a_metric_is_refused(
     ppo: MakePPO, prompts: MakePrompts, trainer: MakeTrainer
 ) -> None:

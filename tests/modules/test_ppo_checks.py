@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,14 @@ def test_refuses_more_tokens_than_another_model_reads(
     assert f"the {part}" in refused(**arguments).replace("but reward model", "but the reward model")
     assert "= 54 tokens" in refused(**arguments)
     assert "reads at most 50" in refused(**arguments)
+
+
+@pytest.mark.parametrize("key", ["reference", "critic.init_from"])
+def test_refuses_another_vocabulary(refused: Callable[..., str], language_model: str, tmp_path: Path, key: str) -> None:
+    other = shutil.copytree(language_model, str(tmp_path / "other"))
+    AutoTokenizer.from_pretrained(other).train_new_from_iterator(["tea"], vocab_size=270).save_pretrained(other)
+    message = refused(**({"reference": other} if key == "reference" else {"critic": SeparateCritic(init_from=other)}))
+    assert message.startswith(f"model.{key} {other!r} has another tokenizer than the policy (such as for ")
 
 
 def test_refuses_a_reward_model_that_is_read_at_another_token(

@@ -57,6 +57,12 @@ def missing(prompts, responses):
 def nothing(prompts, responses):
     pass
 
+def one(prompts, responses):
+    return 1.5
+
+def failing(prompts, responses):
+    return [1 / 0]
+
 number = 3
 """
 
@@ -123,6 +129,8 @@ class TestFunctions:
             ("words", "'words' must return numbers: could not convert string to float"),
             ("missing", "'missing' returned nan for the response 'two!'; scores must be finite"),
             ("nothing", "'nothing' returned None; it must return one number for each response"),
+            ("one", "'one' returned 1.5; it must return one number for each response"),
+            ("failing", r"'failing' failed: ZeroDivisionError: division by zero \(.*\.py, line \d+\)"),
         ],
     )
     def test_what_it_returns_is_checked(self, rewards: str, name: str, message: str) -> None:
@@ -134,13 +142,27 @@ class TestFunctions:
         [
             ("no_colon", "must have the form package.module:name or path/to/file.py:name"),
             ("statistics:", "must have the form"),
-            ("no_such_package.rewards:f", "no module 'no_such_package' can be imported"),
-            ("none.py:f", "the file 'none.py' does not exist"),
+            (
+                "broken.py:f",
+                "'broken.py:f' cannot be imported: ZeroDivisionError: division by zero (broken.py, line 2)",
+            ),
+            (
+                "broken:f",
+                "cannot be imported: ZeroDivisionError: division by zero (broken.py, line 2). For the file give",
+            ),
+            ("brokn.py:f", "the file 'brokn.py' of a reward function does not exist. Did you mean 'broken.py'?"),
+            ("no_such_package.rewards:f", "cannot be imported: ModuleNotFoundError: No module named 'no_such_package'"),
+            ("none.py:f", "the file 'none.py' of a reward function does not exist"),
             ("statistics:meen", "statistics has no function 'meen'. Did you mean 'mean'?"),
-            ("math:pi", "math has no function 'pi'"),
+            ("math:pi", "'pi' is a float, not a function"),
         ],
     )
-    def test_a_path_that_leads_nowhere(self, path: str, message: str) -> None:
+    def test_a_path_that_leads_nowhere(
+        self, path: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "broken.py").write_text("\n1 / 0\n")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(tmp_path)
         with pytest.raises(UserError) as error:
             load_function(path)
         assert message in str(error.value)
