@@ -27,6 +27,7 @@ from rlhf_lightning.run_folder import (
     resolve_checkpoint,
     run_callbacks,
     run_loggers,
+    set_aside_logs,
 )
 
 logger = logging.getLogger("rlhf_lightning")
@@ -165,6 +166,8 @@ class TrainerCLI(LightningCLI):
         self.settings.run_dir = str(run_dir)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             logger.info("run folder: %s", run_dir)
+            if self.subcommand == "fit" and self.settings.ckpt_path is None:
+                set_aside_logs(run_dir)
         loggers = run_loggers(run_dir) if chosen_logger in (None, True) else chosen_logger
         return {"default_root_dir": str(run_dir), "logger": loggers}
 

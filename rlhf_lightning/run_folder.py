@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 import os
 import pickle
 import shutil
@@ -20,6 +21,8 @@ from rlhf_lightning.models.export import check_is_checkpoint
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
+
+logger = logging.getLogger("rlhf_lightning")
 
 CONFIG = "config.yaml"
 _SHARDED = (".metadata", "latest")  # what marks a folder as a checkpoint in parts: torch.distributed's, DeepSpeed's
@@ -86,6 +89,8 @@ def resolve_checkpoint(ckpt_path: str | None, run_dir: str | Path | None) -> str
             raise UserError(
                 f"{last} does not exist, so there is nothing to take up; --ckpt_path auto would start anew."
             )
+        if not last.exists():
+            logger.warning("no checkpoint in %s: this run starts from the beginning", run_dir)
         return str(last) if last.exists() else None
     path = Path(ckpt_path)
     if any((path / name).exists() for name in _SHARDED):
@@ -112,6 +117,20 @@ def refuse_second_run(run_dir: str | Path | None, ckpt_path: str | None) -> None
         raise UserError(
             f"{run_dir} already holds a run. Take it up with --ckpt_path auto, or name another folder by --run_dir DIR."
         )
+
+
+def set_aside_logs(run_dir: Path) -> None:
+    """Move the logs of a run that left no checkpoint into ``earlier-<n>``, apart from those of a fresh start."""
+    logs = [run_dir / "metrics.jsonl", run_dir / "samples.jsonl", *run_dir.glob("events.out.tfevents.*")]
+    logs = [path for path in logs if path.exists()]
+    if not logs:
+        return
+    number = 1
+    while (aside := run_dir / f"earlier-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for path in logs:
+        path.rename(aside / path.name)
 
 
 def run_loggers(run_dir: Path) -> "list[Logger]":

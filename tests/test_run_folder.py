@@ -16,6 +16,7 @@ from rlhf_lightning.run_folder import (
     resolve_checkpoint,
     run_callbacks,
     run_loggers,
+    set_aside_logs,
 )
 
 
@@ -190,3 +191,24 @@ def test_callbacks_of_a_run_depend_on_what_is_run() -> None:
 
 def test_loggers_write_directly_into_the_folder(tmp_path: Path) -> None:
     assert {Path(str(logger.log_dir)) for logger in run_loggers(tmp_path) if logger.log_dir} == {tmp_path}
+
+
+def test_logs_without_a_checkpoint_are_set_aside_whole(tmp_path: Path) -> None:
+    for start in ("first", "second"):
+        (tmp_path / "metrics.jsonl").write_text(start)
+        (tmp_path / "events.out.tfevents.1").write_text(start)
+        (tmp_path / "config.yaml").write_text("stays")
+        set_aside_logs(tmp_path)
+    kept = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert kept == {
+        "config.yaml": "stays",
+        "earlier-1/metrics.jsonl": "first",
+        "earlier-1/events.out.tfevents.1": "first",
+        "earlier-2/metrics.jsonl": "second",
+        "earlier-2/events.out.tfevents.1": "second",
+    }
+
+
+def test_auto_says_that_it_starts_from_the_beginning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert resolve_checkpoint("auto", tmp_path) is None
+    assert "this run starts from the beginning" in caplog.text

@@ -355,6 +355,8 @@ class PPOModule(ModelModule):
         for group in self._optimizer().param_groups:
             metrics["train/lr" if group["name"] == "policy" else f"train/lr_{group['name']}"] = group["lr"]
         metrics |= watch.metrics(tokens) | {f"progress/{name}": float(n) for name, n in self.counters.items()}
+        watched = {name: metrics.pop(name) for name in ("rollout/score", "rollout/kl")}
+        self.log_dict(watched, prog_bar=True)
         self.log_dict(metrics)
         self.samples = sample_rows(rollout, experience)
         scheduler = self.lr_schedulers()

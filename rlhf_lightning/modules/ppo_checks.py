@@ -137,7 +137,7 @@ def _judge(module: "PPOModule", *, max_error: float, approx_kl: float, ref_kl: f
             f"self-check: the reference is a copy of the policy, but their log-probabilities differ by {ref_kl:.2g}."
         )
     log.info(
-        "self-check: max |ratio - 1| %.1e, approx_kl %.1e, max |logprob - ref_logprob| %.1e, responses end with %s: ok",
+        "self-check: max |ratio - 1| %.1e, approx_kl %.1e, max |logprob - ref_logprob| %.1e, stop tokens %s: ok",
         max_error,
         approx_kl,
         ref_kl,
