@@ -24,7 +24,54 @@ def _check_pairs(name: str, chosen: Tensor, rejected: Tensor) -> None:
         raise ValueError(msg)
 
 
-class RewardAccuracy(Metric):
+def pair_points(scores: Tensor, others: Tensor) -> Tensor:
+    """Return 1 where a score is above the other, 0.5 where both are equal, 0 where it is below, shape (rows,), float32.
+
+    Example:
+        >>> pair_points(torch.tensor([2.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 1.0]))
+        tensor([1.0000, 0.5000, 0.0000])
+    """
+    return (scores > others).float() + 0.5 * (scores == others).float()
+
+
+class _PairShare(Metric):
+    """Points of the pairs over the most that they could have; what gives points is the subclass's."""
+
+    full_state_update = False
+    is_differentiable = False
+    most_points: int
+    points: Tensor
+    pairs: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("points", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("pairs", torch.tensor(0), dist_reduce_fx="sum")
+
+    def _points(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        """Return the points of each pair, whole numbers up to ``most_points``, shape (batch,)."""
+        raise NotImplementedError
+
+    def update(self, chosen: Tensor, rejected: Tensor) -> None:
+        """Count a batch of pairs.
+
+        Args:
+            chosen: Score of each chosen response, shape (batch,).
+            rejected: Score of each rejected response, shape (batch,).
+
+        Raises:
+            ValueError: If the shapes differ or are not (batch,).
+        """
+        _check_pairs(type(self).__name__, chosen, rejected)
+        self.points += self._points(chosen, rejected).sum()
+        self.pairs += chosen.numel()
+
+    def compute(self) -> Tensor:
+        """Return the share over every pair of every process, a scalar."""
+        return self.points / (self.most_points * self.pairs)
+
+
+class RewardAccuracy(_PairShare):
     """Share of pairs whose chosen response scores higher than the rejected one; a tie counts as half.
 
     A reward model that gives every response the same score thus has accuracy 0.5, as one that guesses has; where ties
@@ -37,37 +84,14 @@ class RewardAccuracy(Metric):
         tensor(0.6250)
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
-    half_points: Tensor
-    pairs: Tensor
+    most_points = 2
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("half_points", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("pairs", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, chosen: Tensor, rejected: Tensor) -> None:
-        """Count a batch of pairs.
-
-        Args:
-            chosen: Score of each chosen response, shape (batch,).
-            rejected: Score of each rejected response, shape (batch,).
-
-        Raises:
-            ValueError: If the shapes differ or are not (batch,).
-        """
-        _check_pairs("RewardAccuracy", chosen, rejected)
-        self.half_points += 2 * (chosen > rejected).sum() + (chosen == rejected).sum()
-        self.pairs += chosen.numel()
-
-    def compute(self) -> Tensor:
-        """Return the accuracy over every pair of every process, a scalar."""
-        return self.half_points / (2 * self.pairs)
+    def _points(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        return (2 * pair_points(chosen, rejected)).long()
 
 
-class TieShare(Metric):
+class TieShare(_PairShare):
     """Share of pairs whose two scores are exactly equal, in [0, 1].
 
     Above about 0.01 the scores are too coarse (bfloat16 has 8 bits), or the model does not see where the responses
@@ -80,34 +104,11 @@ class TieShare(Metric):
         tensor(0.5000)
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
-    ties: Tensor
-    pairs: Tensor
+    most_points = 1
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("ties", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("pairs", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, chosen: Tensor, rejected: Tensor) -> None:
-        """Count a batch of pairs.
-
-        Args:
-            chosen: Score of each chosen response, shape (batch,).
-            rejected: Score of each rejected response, shape (batch,).
-
-        Raises:
-            ValueError: If the shapes differ or are not (batch,).
-        """
-        _check_pairs("TieShare", chosen, rejected)
-        self.ties += (chosen == rejected).sum()
-        self.pairs += chosen.numel()
-
-    def compute(self) -> Tensor:
-        """Return the share of ties over every pair of every process, a scalar."""
-        return self.ties / self.pairs
+    def _points(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        return (chosen == rejected).long()
 
 
 class MarginStatistics(Metric):

@@ -1,5 +1,7 @@
 """From one score a response to one reward a token."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -66,3 +68,94 @@ def missing_eos_penalty(scores: Tensor, finished: Tensor, penalty: float) -> Ten
         TRL's ``missing_eos_penalty``; Huang et al. 2023 *replace* the score by -1 instead.
     """
     return scores.float() - penalty * (~finished).float()
+
+
+def missing_eos_score(scores: Tensor, finished: Tensor, score: float) -> Tensor:
+    """Replace the score of each response that never stopped.
+
+    Args:
+        scores: Shape (batch,); what stands at unfinished responses, NaN included, changes nothing.
+        finished: True where a stop token was produced, shape (batch,), bool.
+        score: What an unfinished response gets.
+
+    Returns:
+        Shape (batch,), float32.
+
+    Example:
+        >>> missing_eos_score(torch.tensor([3.0, 5.0]), torch.tensor([True, False]), -1.0)
+        tensor([ 3., -1.])
+
+    References:
+        Huang et al. 2023, "The N Implementation Details of RLHF with PPO".
+    """
+    return torch.where(finished, scores.float(), score)
+
+
+def clip_scores(scores: Tensor, limit: float) -> Tensor:
+    """Cut scores to [-limit, limit].
+
+    Args:
+        scores: Shape (batch,).
+        limit: Above 0, in units of the score; infinity turns it off.
+
+    Returns:
+        Shape (batch,), float32.
+
+    Example:
+        >>> clip_scores(torch.tensor([-7.0, 1.0, 6.0]), 5.0)
+        tensor([-5.,  1.,  5.])
+    """
+    return scores.float().clamp(-limit, limit)
+
+
+def normalize_scores(scores: Tensor, *, mean: float, std: float) -> Tensor:
+    """Return (score - mean) / std.
+
+    Args:
+        scores: Shape (batch,).
+        mean: Subtracted; 0 keeps the signs.
+        std: Divided by, above 0; 1 keeps the scale.
+
+    Returns:
+        Shape (batch,), float32.
+
+    Raises:
+        ValueError: If ``std`` is not above 0.
+
+    Example:
+        >>> normalize_scores(torch.tensor([1.0, 5.0]), mean=3.0, std=2.0)
+        tensor([-1.,  1.])
+    """
+    if not std > 0:
+        raise ValueError(f"normalize_scores: std is {std}; expected a number above 0.")
+    return (scores.float() - mean) / std
+
+
+class Moments(NamedTuple):
+    """How many numbers there are, their mean, and the sum of their squared deviations from it."""
+
+    number: int
+    mean: float
+    squares: float
+
+
+def merge_moments(a: Moments, b: Moments) -> Moments:
+    """Return the moments of two sets of numbers together, without looking at the numbers again.
+
+    Args:
+        a: Of the first set, which may be empty.
+        b: Of the second set, which may be empty.
+
+    Example:
+        >>> merge_moments(Moments(2, 1.0, 2.0), Moments(1, 4.0, 0.0))  # of 0, 2 and of 4
+        Moments(number=3, mean=2.0, squares=8.0)
+
+    References:
+        Chan, Golub & LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances".
+    """
+    number = a.number + b.number
+    if not number:
+        return a
+    distance = b.mean - a.mean
+    mean = a.mean + distance * b.number / number
+    return Moments(number, mean, a.squares + b.squares + distance**2 * a.number * b.number / number)

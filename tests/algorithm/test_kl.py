@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -53,8 +55,10 @@ def test_a_resumed_run_goes_on_with_the_coefficient_it_had() -> None:
 
 
 def test_numbers_out_of_range_are_refused() -> None:
-    with pytest.raises(UserError, match=r"coef is -0\.1; it must be at least 0"):
+    with pytest.raises(UserError, match=r"coef is -0\.1; it must be a finite number of at least 0"):
         FixedKL(coef=-0.1)
+    with pytest.raises(UserError, match="coef is nan"):
+        FixedKL(coef=math.nan)
     with pytest.raises(UserError, match="estimator is 'k4'; it must be one of k1, k2, k3"):
         KLControl(0.1, estimator="k4")  # type: ignore[arg-type]
     for settings in ({"target": 0.0}, {"horizon": 0}):
@@ -65,3 +69,37 @@ def test_numbers_out_of_range_are_refused() -> None:
 def test_adaptive_kl_refuses_a_horizon_below_the_rollout() -> None:
     with pytest.raises(UserError, match="horizon is 10, but an iteration has 11 sequences"):
         AdaptiveKL(horizon=10).update(sequence_kl=6.0, num_sequences=11)
+
+
+@pytest.mark.parametrize("control", [FixedKL, AdaptiveKL])
+def test_the_price_is_paid_in_one_place(control: type[FixedKL]) -> None:
+    in_reward, in_loss = control(coef=0.3), control(coef=0.3, place="loss")
+    assert (in_reward.reward_coef, in_reward.loss_coef) == (0.3, 0)
+    assert (in_loss.reward_coef, in_loss.loss_coef) == (0, 0.3)
+    with pytest.raises(UserError, match="place is 'prior'; it must be reward or loss"):
+        control(coef=0.3, place="prior")  # type: ignore[arg-type]
+
+
+def test_expected_gradients_of_the_estimators_as_a_loss() -> None:
+    """Over all 5 tokens, weighed by the policy: k1 gives nothing, k2 KL(π || ref), k3 KL(ref || π)."""
+    generator = torch.Generator().manual_seed(0)
+    logits, ref = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    logits.requires_grad_()
+    ref_logprobs = ref.log_softmax(0)
+
+    def slope(loss: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(loss, logits)[0]
+
+    def expected(estimator: str) -> torch.Tensor:
+        logprobs = logits.log_softmax(0)
+        control = FixedKL(1.0, estimator=estimator, place="loss")  # type: ignore[arg-type]
+        return slope((logprobs.exp().detach() * control.estimate(logprobs, ref_logprobs)).sum())
+
+    logprobs = logits.log_softmax(0)
+    reverse = slope((logprobs.exp() * (logprobs - ref_logprobs)).sum())
+    logprobs = logits.log_softmax(0)
+    forward = slope((ref_logprobs.exp() * (ref_logprobs - logprobs)).sum())
+    assert min(reverse.norm(), forward.norm(), (reverse - forward).norm()) > 0.05
+    torch.testing.assert_close(expected("k1"), torch.zeros(5, dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(expected("k2"), reverse, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(expected("k3"), forward, atol=1e-6, rtol=1e-5)

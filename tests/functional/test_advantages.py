@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rlhf_lightning.functional.advantages import gae
+from rlhf_lightning.functional.advantages import gae, group_relative, leave_one_out, rewards_to_go
 from rlhf_lightning.functional.sequences import length_mask
 
 NAN = torch.nan
@@ -96,3 +98,56 @@ def test_a_value_too_many_is_refused() -> None:
         gae(rewards=torch.zeros(4, 7), values=torch.zeros(4, 8), response_mask=torch.ones(4, 7).bool())
     with pytest.raises(ValueError, match=r"response_mask \(4, 8\)"):
         gae(rewards=torch.zeros(4, 7), values=torch.zeros(4, 7), response_mask=torch.ones(4, 8).bool())
+
+
+# --- without a critic -------------------------------------------------------------------------------------------------
+
+
+def test_rewards_to_go_by_hand() -> None:
+    # gamma 0.5: 4;  2 + 0.5 * 4 = 4;  1 + 0.5 * 4 = 3, and nothing from under the mask.
+    mask = length_mask(torch.tensor([3, 1]), 4)
+    rewards = torch.tensor([[1.0, 2.0, 4.0, NAN], [5.0, NAN, NAN, NAN]])
+    expected = torch.tensor([[3.0, 4.0, 4.0, 0.0], [5.0, 0.0, 0.0, 0.0]])
+    torch.testing.assert_close(rewards_to_go(rewards, mask, gamma=0.5), expected)
+    assert rewards_to_go(rewards, mask)[0].tolist() == [7, 6, 4, 0]
+
+
+def test_leave_one_out_by_hand() -> None:
+    # The others' means: (2 + 6) / 2, (1 + 6) / 2, (1 + 2) / 2; the second group knows nothing of the first.
+    found = leave_one_out(torch.tensor([1.0, 2.0, 6.0, 10.0, 10.0, 40.0]), group_size=3)
+    torch.testing.assert_close(found, torch.tensor([1 - 4.0, 2 - 3.5, 6 - 1.5, 10 - 25.0, 10 - 25.0, 40 - 10.0]))
+
+
+def test_group_relative_by_hand() -> None:
+    # Means 2 and 20; unbiased deviations sqrt(2) and sqrt(200).
+    returns = torch.tensor([1.0, 3.0, 10.0, 30.0])
+    assert group_relative(returns, group_size=2, scale=False).tolist() == [-1, 1, -10, 10]
+    scaled = group_relative(returns, group_size=2)
+    expected = torch.tensor([-1, 1, -10, 10]) / (torch.tensor([2.0, 2.0, 200.0, 200.0]).sqrt() + 1e-4)
+    torch.testing.assert_close(scaled, expected)
+
+
+@given(seed=st.integers(0, 10**6), size=st.integers(2, 5), groups=st.integers(1, 4))
+def test_groups_sum_to_zero_and_a_shift_or_another_group_changes_nothing(seed: int, size: int, groups: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    returns = torch.randn(groups * size, generator=generator)
+    shift = torch.randn(groups, generator=generator).repeat_interleave(size)
+    # Without the scale, which would blow up the rounding of a group whose returns are nearly equal.
+    for estimate in (leave_one_out, functools.partial(group_relative, scale=False)):
+        whole = estimate(returns, size)
+        torch.testing.assert_close(whole.view(-1, size).sum(dim=1), torch.zeros(groups), atol=1e-4, rtol=0)
+        torch.testing.assert_close(estimate(returns + shift, size), whole, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(estimate(returns[:size], size), whole[:size])
+    ratio = size / (size - 1)
+    torch.testing.assert_close(group_relative(returns, size, scale=False) * ratio, leave_one_out(returns, size))
+
+
+def test_a_group_without_differences_gets_zero_and_no_nan() -> None:
+    assert group_relative(torch.full((4,), 0.7), group_size=4).tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("count", "size"), [(4, 1), (5, 2)])
+def test_what_is_no_whole_group_is_refused(count: int, size: int) -> None:
+    for estimate in (leave_one_out, group_relative):
+        with pytest.raises(ValueError, match=f"{count} returns are no whole groups of {size}"):
+            estimate(torch.zeros(count), size)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlhf_lightning.functional.losses import ppo_policy_loss, ppo_value_loss, preference_loss
+from rlhf_lightning.functional.losses import ppo_policy_loss, ppo_value_loss, preference_loss, token_mean_weights
 from rlhf_lightning.functional.sequences import length_mask
 
 NAN = torch.nan
@@ -62,7 +62,7 @@ class TestPolicyLoss:
 
     def test_another_range_moves_the_edges(self) -> None:
         ratio = torch.tensor([[1.5, 0.5, 1.5, 0.5]])
-        numbers = {
+        numbers: dict[str, Any] = {
             "logprobs": ratio.log(),
             "old_logprobs": torch.zeros(1, 4),
             "advantages": torch.tensor([[1.0, 1.0, -1.0, -1.0]]),
@@ -126,9 +126,9 @@ class TestPolicyLoss:
     def test_micro_batches_add_up_to_the_minibatch(self, seed: int, cut: int) -> None:
         numbers = policy_numbers(seed)
         whole = ppo_policy_loss(**numbers)
-        count = numbers["response_mask"].sum()
+        weights = token_mean_weights(numbers["response_mask"])
         parts = [
-            ppo_policy_loss(**{name: x[rows] for name, x in numbers.items()}, num_tokens=count)
+            ppo_policy_loss(**{name: x[rows] for name, x in numbers.items()}, token_weights=weights[rows])
             for rows in (slice(0, cut), slice(cut, None))
         ]
         for name in whole._fields:
@@ -221,9 +221,9 @@ class TestValueLoss:
     def test_micro_batches_add_up_to_the_minibatch(self, seed: int, cut: int) -> None:
         numbers = value_numbers(seed)
         whole = ppo_value_loss(**numbers)
-        count = numbers["response_mask"].sum()
+        weights = token_mean_weights(numbers["response_mask"])
         parts = [
-            ppo_value_loss(**{name: x[rows] for name, x in numbers.items()}, num_tokens=count)
+            ppo_value_loss(**{name: x[rows] for name, x in numbers.items()}, token_weights=weights[rows])
             for rows in (slice(0, cut), slice(cut, None))
         ]
         torch.testing.assert_close(whole.loss, parts[0].loss + parts[1].loss, atol=1e-5, rtol=1e-5)

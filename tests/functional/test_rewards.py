@@ -3,7 +3,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_lightning.functional.rewards import missing_eos_penalty, token_rewards
+from rlhf_lightning.functional.rewards import (
+    Moments,
+    clip_scores,
+    merge_moments,
+    missing_eos_penalty,
+    missing_eos_score,
+    normalize_scores,
+    token_rewards,
+)
 from rlhf_lightning.functional.sequences import length_mask
 
 NAN = torch.nan
@@ -71,3 +79,33 @@ def test_only_what_never_stopped_is_penalised() -> None:
     assert missing_eos_penalty(scores, finished, 0.5).tolist() == [1.0, 0.5, -2.5]
     assert missing_eos_penalty(scores, finished, 0.0).tolist() == [1.0, 1.0, -2.0]
     assert missing_eos_penalty(scores.bfloat16(), finished, 0.5).dtype == torch.float32
+
+
+def test_the_score_of_what_never_stopped_is_replaced() -> None:
+    scores, finished = torch.tensor([1.0, NAN, 5.0]), torch.tensor([True, False, False])
+    assert missing_eos_score(scores, finished, -1.0).tolist() == [1, -1, -1]
+    assert missing_eos_score(scores.bfloat16(), finished, -1.0).dtype == torch.float32
+
+
+def test_scores_are_clipped_on_both_sides() -> None:
+    scores = torch.tensor([-3.0, -0.5, 0.25, 8.0], requires_grad=True)
+    clipped = clip_scores(scores, 2.0)
+    assert clipped.tolist() == [-2, -0.5, 0.25, 2]
+    clipped.sum().backward()
+    assert scores.grad is not None
+    assert scores.grad.tolist() == [0, 1, 1, 0]
+    assert torch.equal(clip_scores(scores, float("inf")), scores)
+
+
+def test_scores_are_normalised_by_given_statistics() -> None:
+    assert normalize_scores(torch.tensor([1.0, 4.0]), mean=2.0, std=4.0).tolist() == [-0.25, 0.5]
+    with pytest.raises(ValueError, match=r"std is 0\.0"):
+        normalize_scores(torch.ones(2), mean=0.0, std=0.0)
+
+
+def test_moments_of_two_sets_are_those_of_all_numbers() -> None:
+    # 1, 2, 6 have mean 3 and squared deviations 4 + 1 + 9; with 7: mean 4 and 9 + 4 + 4 + 9.
+    assert merge_moments(Moments(3, 3.0, 14.0), Moments(1, 7.0, 0.0)) == (4, 4.0, 26.0)
+    empty, some = Moments(0, 0.0, 0.0), Moments(3, 3.0, 14.0)
+    assert merge_moments(empty, some) == merge_moments(some, empty) == some
+    assert merge_moments(empty, empty) == empty
