@@ -1,17 +1,116 @@
-"""What tests share: the real data beside the checkout, real tokenizers, and a clean slate for each test."""
+"""What tests share: real data beside the checkout, tokenizers, tiny models of many families, a clean slate for each."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never waits for a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from rlhf_lightning.models.loading import load_tokenizer
+
+VOCABULARY = 37
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.4,  # large enough that the distributions are far from uniform
+}
+GROUPED = SIZES | {"num_key_value_heads": 2}
+#: What tells the families apart: tied weights, sliding windows, capped and scaled logits, learned positions.
+FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, GROUPED),
+    "tied_llama": (LlamaConfig, GROUPED | {"tie_word_embeddings": True}),
+    "qwen2": (Qwen2Config, GROUPED),
+    "qwen3": (Qwen3Config, GROUPED | {"head_dim": 8}),
+    "mistral": (MistralConfig, GROUPED | {"sliding_window": 4}),  # every layer sees four tokens back
+    # Caps its logits, and every second layer sees four tokens back.
+    "gemma2": (Gemma2Config, GROUPED | {"head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 5.0}),
+    "cohere": (CohereConfig, GROUPED | {"logit_scale": 0.3}),
+    "gpt2": (
+        GPT2Config,
+        {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.4}
+        | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+    ),
+    "gpt_neox": (GPTNeoXConfig, SIZES),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Name of a family."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., PreTrainedConfig]:
+    """``make_config(family, **changes)`` returns the config of a tiny model."""
+
+    def make(family: str, **changes: Any) -> PreTrainedConfig:
+        kind, sizes = FAMILIES[family]
+        return kind(**(sizes | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_model(make_config: Callable[..., PreTrainedConfig]) -> Callable[..., PreTrainedModel]:
+    """``make_model(family, seed=0, scalar=False, **changes)`` draws a tiny model."""
+
+    def make(family: str, *, seed: int = 0, scalar: bool = False, **changes: Any) -> PreTrainedModel:
+        config = make_config(family, **(changes | ({"num_labels": 1} if scalar else {})))
+        factory = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = factory.from_config(config, dtype=torch.float32)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Splits at blanks; ``<|end|>`` (id 2) is pad, eos and the end of every chat turn, as in many that people use."""
+    words = ["<|unk|>", "<|user|>", "<|end|>", *(f"w{number}" for number in range(3, VOCABULARY))]
+    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<|unk|>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<|unk|>", eos_token="<|end|>", pad_token="<|end|>", padding_side="right"
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'user' %}<|user|> {% endif %}"
+        "{{ message['content'] }} <|end|> {% endfor %}"
+    )
+    return tokenizer
 
 
 @pytest.fixture(scope="session")

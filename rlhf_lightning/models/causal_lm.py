@@ -7,8 +7,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.functional.logprobs import entropy_from_logits, logprobs_from_logits
 from rlhf_lightning.functional.sequences import SequenceBatch
+from rlhf_lightning.models.lm_head import head_logprobs
 
 _PLAIN_HEADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -18,8 +18,7 @@ class ResponsePass(NamedTuple):
 
     Attributes:
         logprobs: Log-probability of each response token, nats, shape (batch, response), zero where masked.
-        entropy: Entropy before each response token, nats, shape (batch, response), without gradient; ``None`` unless
-            asked for.
+        entropy: Entropy before each response token, nats, shape (batch, response); ``None`` unless asked for.
         hidden: Last hidden state before each response token, shape (response tokens, hidden).
     """
 
@@ -29,7 +28,12 @@ class ResponsePass(NamedTuple):
 
 
 def response_pass(
-    model: nn.Module, batch: SequenceBatch, *, temperature: float = 1.0, with_entropy: bool = False
+    model: nn.Module,
+    batch: SequenceBatch,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    entropy_gradient: bool = False,
 ) -> ResponsePass:
     """Run the model over whole sequences and read the distributions before each response token.
 
@@ -41,16 +45,21 @@ def response_pass(
         batch: Prompts and responses.
         temperature: Divides the logits, as it did in sampling; above 0.
         with_entropy: True computes the entropy too.
+        entropy_gradient: True lets gradients flow through it, for a bonus.
     """
     rows, columns = batch.predicting_positions()
-    hidden, logits = _hidden_and_logits(model, batch.input_ids, rows, columns)
-    # A quotient by 1 would be one more tensor of the size of the vocabulary, forwards and backwards.
-    logits = logits.float() if temperature == 1 else logits.float() / temperature
     mask = batch.response_mask
-    logprobs = _into_place(logprobs_from_logits(logits, batch.response_tokens[mask]), mask)
-    with torch.no_grad():
-        entropy = _into_place(_entropies(logits.detach()), mask) if with_entropy else None
-    return ResponsePass(logprobs, entropy, hidden)
+    hidden, head = _hidden_and_head(model, batch.input_ids, rows, columns)
+    output = head_logprobs(
+        head,
+        hidden,
+        batch.response_tokens[mask],
+        temperature=temperature,
+        with_entropy=with_entropy,
+        entropy_gradient=entropy_gradient,
+    )
+    entropy = None if output.entropy is None else _into_place(output.entropy, mask)
+    return ResponsePass(_into_place(output.logprobs, mask), entropy, hidden)
 
 
 def response_logprobs(model: nn.Module, batch: SequenceBatch, *, temperature: float = 1.0) -> Tensor:
@@ -83,27 +92,32 @@ def takes_logits_to_keep(model: nn.Module) -> bool:
 @torch.no_grad()
 def _probe_head(model: Any, head: nn.Module) -> bool:
     device = next(model.parameters()).device
-    ids = torch.arange(4, device=device)[None]
+    ids = torch.arange(4, device=device)[None] % model.get_input_embeddings().num_embeddings
     whole = model(input_ids=ids, use_cache=False).logits
     apart = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
     return whole.shape == apart.shape and torch.equal(whole, apart)
 
 
-def _hidden_and_logits(model: Any, ids: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+def _hidden_and_head(model: Any, ids: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, nn.Module]:
     if head_is_plain(model):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[rows, columns]
-        return hidden, model.get_output_embeddings()(hidden)
-    # Then the head runs at every position from the first wanted one on.
+        return hidden, model.get_output_embeddings()
+    # Then the model's own head runs at every position from the first wanted one on.
     first = int(columns.min()) if len(columns) and takes_logits_to_keep(model) else 0
     cut = {"logits_to_keep": ids.shape[1] - first} if first else {}
     output = model(input_ids=ids, use_cache=False, output_hidden_states=True, **cut)
-    return output.hidden_states[-1][rows, columns], output.logits[rows, columns - first]
+    return output.hidden_states[-1][rows, columns], _Computed(output.logits[rows, columns - first])
 
 
-def _entropies(logits: Tensor) -> Tensor:
-    """Return the entropy of each row, a few rows at a time: no further tensor of the size of the logits."""
-    rows = max(1, 2**22 // logits.shape[-1])
-    return torch.cat([entropy_from_logits(part) for part in logits.split(rows)])
+class _Computed(nn.Module):
+    """A head whose logits are there already."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.logits
 
 
 def _into_place(flat: Tensor, mask: Tensor) -> Tensor:

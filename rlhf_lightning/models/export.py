@@ -34,15 +34,27 @@ def pack_model(prefix: str, model: "PreTrainedModel", tokenizer: "PreTrainedToke
         tokenizer: Its tokenizer, packed whole.
 
     Returns:
-        Strings, numbers, lists and dicts alone, which ``torch.load(weights_only=True)`` accepts.
+        Strings, numbers, lists, dicts and tensors alone, which ``torch.load(weights_only=True)`` accepts. A file is its
+        text, or, where it is none (a ``tokenizer.model`` of sentencepiece), its bytes as a uint8 tensor.
     """
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         model.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(folder)
-        files = {file.name: file.read_text(encoding="utf-8") for file in Path(folder).iterdir() if file.is_file()}
+        files = {file.name: _packed_file(file.read_bytes()) for file in Path(folder).iterdir() if file.is_file()}
     return {"format": CHECKPOINT_FORMAT, "prefix": prefix, "class": type(model).__name__, "files": files}
+
+
+def _packed_file(content: bytes) -> str | torch.Tensor:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return torch.tensor(list(content), dtype=torch.uint8)
+
+
+def _unpacked_file(packed: str | torch.Tensor) -> bytes:
+    return packed.encode("utf-8") if isinstance(packed, str) else bytes(packed.tolist())
 
 
 def export_checkpoint(checkpoint: str | Path, output: str | Path) -> Path:
@@ -65,8 +77,8 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path) -> Path:
     state = _read_checkpoint(checkpoint)
     packed = state[CHECKPOINT_KEY]
     output.mkdir(parents=True, exist_ok=True)
-    for name, text in packed["files"].items():
-        (output / Path(name).name).write_text(text, encoding="utf-8")
+    for name, content in packed["files"].items():
+        (output / Path(name).name).write_bytes(_unpacked_file(content))
     model = _rebuild(output, packed, state["state_dict"])
     with quiet_transformers():
         model.save_pretrained(output)

@@ -1,6 +1,7 @@
 """Hugging Face folders and hub names in, models and tokenizers out; what is wrong with them is said in one line."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import shorten
@@ -168,6 +169,31 @@ def foreign_token(own: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBas
     """Return a token of ``own`` that means something else to ``other``, which may have more; ``None`` if none does."""
     vocabulary = other.get_vocab()
     return next((token for token, number in own.get_vocab().items() if vocabulary.get(token) != number), None)
+
+
+def refuse_foreign_tokens(own: "PreTrainedTokenizerBase", name: str, *, key: str) -> None:
+    """Refuse a model to which the policy's tokens mean something else.
+
+    Args:
+        own: The policy's tokenizer.
+        name: The model's folder or hub name.
+        key: The setting that names it, for the message.
+
+    Raises:
+        UserError: Naming a token that differs.
+    """
+    token = foreign_token(own, load_tokenizer(name))
+    if token is not None:
+        raise UserError(
+            f"{key} {name!r} has another tokenizer than the policy (such as for {token!r}); give a model that reads "
+            "the policy's tokens."
+        )
+
+
+def load_reference(name: str | None, policy: "PreTrainedModel") -> "PreTrainedModel":
+    """Load the frozen reference, in eval mode; without a name it is a copy of the policy as it is now."""
+    reference = load_causal_lm(name) if name else copy.deepcopy(policy)
+    return reference.eval().requires_grad_(False)
 
 
 def disable_dropout(model: M) -> M:

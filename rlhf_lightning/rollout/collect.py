@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.functional.sequences import SequenceBatch
-from rlhf_lightning.models.causal_lm import response_logprobs
+from rlhf_lightning.models.causal_lm import response_logprobs, response_pass
 from rlhf_lightning.rollout.reward_sources import Prompt, RewardSource, Scores, ScoringBatch
 from rlhf_lightning.rollout.sampler import Progress, Samples
 
@@ -26,10 +26,11 @@ class Rollout:
         scores: What the reward source says of each response.
         old_logprobs: By the policy that sampled, teacher-forced, nats, shape (batch, response).
         ref_logprobs: By the reference, shape (batch, response).
-        old_values: By the critic, shape (batch, response).
+        old_values: By the critic, shape (batch, response); zeros where there is none.
         sampler_logprobs: What the sampler itself reports, shape (batch, response); a diagnostic.
         prompts: As text or chat messages.
         responses: As text.
+        group_size: Responses to each prompt, which stand together.
     """
 
     sequences: SequenceBatch
@@ -41,6 +42,7 @@ class Rollout:
     sampler_logprobs: Tensor
     prompts: list[Prompt]
     responses: list[str]
+    group_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Scorers:
     Attributes:
         policy: The policy that sampled.
         reference: Its frozen start.
-        critic: Anything with ``values(SequenceBatch)``.
+        critic: Anything with ``values(SequenceBatch, ResponsePass)``, or ``None``.
         reward: The reward source.
         temperature: Divides the logits of policy and reference.
     """
@@ -85,6 +87,7 @@ def score_samples(
     prompts: list[Prompt],
     rows: list[dict[str, Any]],
     tokenizer: "PreTrainedTokenizerBase",
+    group_size: int = 1,
     progress: Progress | None = None,
 ) -> Rollout:
     """Compute old, reference and critic outputs on the real tokens, and the scores.
@@ -97,6 +100,7 @@ def score_samples(
         prompts: As text or chat messages.
         rows: The other columns of each prompt's row.
         tokenizer: The policy's; turns responses into text without special tokens.
+        group_size: Responses to each prompt, which stand together.
         progress: Called with rows done and rows in all.
     """
     mask = sequences.response_mask
@@ -105,9 +109,11 @@ def score_samples(
     for group in groups:
         part = sequences.select(group)
         width = int(part.response_lengths.max())
-        old[group, :width] = response_logprobs(scorers.policy, part, temperature=scorers.temperature)
+        policy_pass = response_pass(scorers.policy, part, temperature=scorers.temperature)
+        old[group, :width] = policy_pass.logprobs
         ref[group, :width] = response_logprobs(scorers.reference, part, temperature=scorers.temperature)
-        values[group, :width] = scorers.critic.values(part)
+        if scorers.critic is not None:
+            values[group, :width] = scorers.critic.values(part, policy_pass)
         done += len(group)
         if progress is not None:
             progress(done, len(mask))
@@ -123,6 +129,7 @@ def score_samples(
         sampler_logprobs=samples.logprobs,
         prompts=prompts,
         responses=responses,
+        group_size=group_size,
     )
 
 

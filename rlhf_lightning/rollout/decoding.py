@@ -2,20 +2,24 @@
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.functional.sequences import position_ids_from_mask, response_lengths
-from rlhf_lightning.models.causal_lm import head_is_plain, takes_logits_to_keep
-from rlhf_lightning.rollout.cache import preallocated_cache
+from rlhf_lightning.functional.sequences import response_lengths
+from rlhf_lightning.rollout.decode_loop import DecodeLoop, can_decode, strings_completed
+from rlhf_lightning.rollout.linear import PackedLinears
 from rlhf_lightning.rollout.sampler import Progress, Samples, SamplingConfig, draw_tokens, refuse_nan, row_uniforms
+from rlhf_lightning.rollout.stop_strings import StopStrings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger("rlhf_lightning")
 
 
 class _LocalSampler:
@@ -39,18 +43,17 @@ class _LocalSampler:
         if self._is_copy:
             self._model = copy.deepcopy(model).to(dtype).requires_grad_(False)
             _restore_rotary_frequencies(self._model, model)
-            self._version = None
         else:
             self._model = model
+        self._version = None
 
     def sync(self, named_params: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy new weights where a copy is held; nothing to do where the model itself samples."""
-        if not self._is_copy or version == self._version:
-            return
-        own = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, parameter in named_params:
-                own[name].copy_(parameter)
+        if self._is_copy and version != self._version:
+            own = dict(self.model.named_parameters())
+            with torch.no_grad():
+                for name, parameter in named_params:
+                    own[name].copy_(parameter)
         self._version = version
 
     def release(self) -> None:
@@ -62,18 +65,45 @@ class _LocalSampler:
 
 
 class CachedSampler(_LocalSampler):
-    """Our decode loop: a preallocated key-value cache that finished rows leave, and an early end when all are done.
+    """Our decode loop: a preallocated key-value cache whose rows are taken over by the next prompts once they stop.
+
+    Equal prompts that follow each other are read once. On a processor in float32 the linear layers run on packed
+    weights. A model whose layers keep another state than keys and values is left to :class:`TransformersSampler`.
 
     Args:
         decode_batch_size: Rows decoded together; ``None`` takes all. Smaller needs less memory for the cache and
             changes no token.
+        pack_weights: False saves the second copy of the linear layers' weights that is held while sampling on a
+            processor, and is about half as fast there.
     """
 
-    def __init__(self, decode_batch_size: int | None = None) -> None:
+    def __init__(self, decode_batch_size: int | None = None, *, pack_weights: bool = True) -> None:
         super().__init__()
         if decode_batch_size is not None and decode_batch_size < 1:
             raise UserError(f"decode_batch_size is {decode_batch_size}; it must be at least 1.")
-        self.decode_batch_size = decode_batch_size
+        self.decode_batch_size, self.pack_weights = decode_batch_size, pack_weights
+        self._linears, self._decodes = PackedLinears(), True
+
+    def setup(self, model: "PreTrainedModel", *, dtype: torch.dtype | None = None) -> None:
+        """Sample from the model itself, or from a copy where another ``dtype`` is asked for."""
+        super().setup(model, dtype=dtype)
+        self._linears.release()
+        self._decodes = can_decode(self.model)
+        if not self._decodes:
+            logger.info(
+                "%s keeps another state than keys and values, or takes no positions; transformers' generate samples "
+                "from it, which is slower.",
+                type(self.model).__name__,
+            )
+
+    def release(self) -> None:
+        """Free the packed weights."""
+        self._linears.release()
+
+    def close(self) -> None:
+        """Let go of the model."""
+        super().close()
+        self._linears.release()
 
     @torch.no_grad()
     def sample(
@@ -86,88 +116,42 @@ class CachedSampler(_LocalSampler):
         seed: int,
         row_ids: Sequence[int] | None = None,
         progress: Progress | None = None,
+        stop_strings: StopStrings | None = None,
     ) -> Samples:
         """Continue left-padded prompts; see :class:`~rlhf_lightning.rollout.sampler.Sampler`."""
-        batch, size = len(prompt_ids), self.decode_batch_size or len(prompt_ids)
-        uniforms = row_uniforms(seed, row_ids or range(batch), config.max_new_tokens).to(prompt_ids.device)
-        tokens = prompt_ids.new_zeros(batch, config.max_new_tokens)
-        logprobs = torch.zeros(tokens.shape, device=tokens.device)
-        chunks = torch.arange(batch, device=tokens.device).split(size)
-        for number, rows in enumerate(chunks):
-            report = None if progress is None else _scaled(progress, number, len(chunks))
-            state = _Decoding(self.model, prompt_ids[rows], attention_mask[rows], config, stop_ids)
-            state.run(uniforms[rows], report)
-            tokens[rows], logprobs[rows] = state.tokens, state.logprobs
-        refuse_nan(logprobs)
-        lengths, finished = response_lengths(tokens, stop_ids)
-        width = int(lengths.max())
-        return Samples(tokens[:, :width], lengths, finished, logprobs[:, :width])
-
-
-class _Decoding:
-    """One batch being decoded; ``active`` names the rows of ``tokens`` that are still in the cache."""
-
-    def __init__(
-        self,
-        model: "PreTrainedModel",
-        prompt_ids: Tensor,
-        mask: Tensor,
-        config: SamplingConfig,
-        stop_ids: Sequence[int],
-    ) -> None:
-        self.model, self.config = model, config
-        self.stop_ids = torch.tensor(list(stop_ids), device=prompt_ids.device)
-        batch, steps = len(prompt_ids), config.max_new_tokens
-        self.tokens = prompt_ids.new_zeros(batch, steps)
-        self.logprobs = torch.zeros(batch, steps, device=prompt_ids.device)
-        self.active = torch.arange(batch, device=prompt_ids.device)
-        self.prompt_ids, self.prompt_size = prompt_ids, prompt_ids.shape[1]
-        self.mask = torch.cat([mask, mask.new_ones(batch, steps)], dim=1)
-        self.cache = preallocated_cache(model.config, self.prompt_size + steps)
-        self.last_logits = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
-
-    def run(self, uniforms: Tensor, progress: Progress | None) -> None:
-        """Decode until every row has stopped or is full."""
-        inputs = self.prompt_ids
-        positions = position_ids_from_mask(self.mask[:, : self.prompt_size])
-        done = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
-        for step in range(self.config.max_new_tokens):
-            logits = self._next_logits(inputs, positions, self.prompt_size + step)
-            drawn, logprobs = draw_tokens(
-                logits, uniforms[self.active, step], self.config, step=step, stop_ids=self.stop_ids
+        if not self._decodes:
+            return self._fall_back(
+                prompt_ids,
+                attention_mask,
+                config=config,
+                stop_ids=stop_ids,
+                seed=seed,
+                row_ids=row_ids,
+                progress=progress,
+                stop_strings=stop_strings,
             )
-            # A row that has stopped stays in the batch until it is worth compacting; what it draws is dropped.
-            self.tokens[self.active, step] = torch.where(done, 0, drawn)
-            self.logprobs[self.active, step] = torch.where(done, 0.0, logprobs)
-            done = done | torch.isin(drawn, self.stop_ids)
-            if progress is not None:
-                progress(step + 1, self.config.max_new_tokens)
-            finished = int(done.sum())  # the one wait for the device in a step
-            if finished == len(done):
-                return
-            inputs, positions = drawn[:, None], positions[:, -1:] + 1
-            if finished * 4 >= len(done):
-                inputs, positions, done = self._compact(~done, inputs, positions, done)
+        linears = self._linears.applied(self.model, self._version) if self.pack_weights else contextlib.nullcontext()
+        with linears:
+            loop = DecodeLoop(
+                self.model,
+                prompt_ids,
+                attention_mask.bool(),
+                config=config,
+                stop_ids=stop_ids,
+                stop_strings=stop_strings,
+                uniforms=_uniforms(seed, row_ids, prompt_ids, config),
+                size=self.decode_batch_size or len(prompt_ids),
+            )
+            loop.run(progress)
+        width = int(loop.lengths.max())
+        logprobs = loop.logprobs[:, :width]
+        refuse_nan(logprobs)
+        return Samples(loop.tokens[:, :width], loop.lengths, loop.finished, logprobs)
 
-    def _next_logits(self, inputs: Tensor, positions: Tensor, seen: int) -> Tensor:
-        arguments = {
-            "input_ids": inputs,
-            "attention_mask": self.mask[self.active, :seen],
-            "position_ids": positions,
-            "past_key_values": self.cache,
-            "use_cache": True,
-        }
-        if head_is_plain(self.model):
-            hidden = self.model.base_model(**arguments).last_hidden_state[:, -1]
-            return self.model.get_output_embeddings()(hidden)
-        return self.model(**arguments, **self.last_logits).logits[:, -1]
-
-    def _compact(self, keep: Tensor, *rows: Tensor) -> list[Tensor]:
-        """Drop rows from the cache; what was drawn for them stays in ``tokens``."""
-        kept = keep.nonzero().squeeze(1)
-        self.cache.batch_select_indices(kept)
-        self.active = self.active[kept]
-        return [tensor[kept] for tensor in rows]
+    def _fall_back(self, *prompts: Tensor, **arguments: Any) -> Samples:
+        generating = TransformersSampler()
+        generating.setup(self.model)
+        return generating.sample(*prompts, **arguments)
 
 
 class TransformersSampler(_LocalSampler):
@@ -184,14 +168,17 @@ class TransformersSampler(_LocalSampler):
         seed: int,
         row_ids: Sequence[int] | None = None,
         progress: Progress | None = None,
+        stop_strings: StopStrings | None = None,
     ) -> Samples:
         """Continue left-padded prompts; see :class:`~rlhf_lightning.rollout.sampler.Sampler`."""
-        from transformers import GenerationConfig, LogitsProcessorList
+        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
         batch, width = prompt_ids.shape
-        uniforms = row_uniforms(seed, row_ids or range(batch), config.max_new_tokens).to(prompt_ids.device)
+        uniforms = _uniforms(seed, row_ids, prompt_ids, config)
         logprobs = torch.zeros(batch, config.max_new_tokens, device=prompt_ids.device)
-        stops = torch.tensor(list(stop_ids), device=prompt_ids.device)
+        stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=prompt_ids.device)
+
+        criterion = None if stop_strings is None else _EndedByString(stop_strings, config, prompt_ids)
 
         def choose(ids: Tensor, logits: Tensor) -> Tensor:
             step = ids.shape[1] - width
@@ -205,6 +192,7 @@ class TransformersSampler(_LocalSampler):
                 prompt_ids,
                 attention_mask=attention_mask.long(),
                 logits_processor=LogitsProcessorList([choose]),
+                stopping_criteria=StoppingCriteriaList([criterion] if criterion else []),
                 generation_config=GenerationConfig(
                     do_sample=False,
                     max_new_tokens=config.max_new_tokens,
@@ -215,10 +203,29 @@ class TransformersSampler(_LocalSampler):
         tokens = output[:, width:]
         refuse_nan(logprobs)
         lengths, finished = response_lengths(tokens, stop_ids)
+        if criterion is not None:
+            lengths, finished = torch.minimum(lengths, criterion.ends), finished | criterion.finished
         counts = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         size = int(lengths.max())
         tokens, logprobs = torch.where(counts, tokens, 0), torch.where(counts, logprobs[:, : tokens.shape[1]], 0.0)
         return Samples(tokens[:, :size], lengths, finished, logprobs[:, :size])
+
+
+class _EndedByString:
+    """A stopping criterion of transformers that remembers how long each response was when a string ended it."""
+
+    def __init__(self, stop_strings: StopStrings, config: SamplingConfig, prompt_ids: Tensor) -> None:
+        self.stop_strings, self.config, self.width = stop_strings, config, prompt_ids.shape[1]
+        self.ends = torch.full((len(prompt_ids),), config.max_new_tokens, device=prompt_ids.device)
+        self.finished = torch.zeros(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)
+
+    def __call__(self, ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
+        tokens = ids[:, self.width :]
+        drawn = torch.full_like(self.ends, tokens.shape[1])
+        completed = strings_completed(self.stop_strings, tokens, drawn, self.config)
+        self.ends[completed] = self.ends[completed].clamp(max=tokens.shape[1])
+        self.finished |= completed
+        return self.finished
 
 
 @contextlib.contextmanager
@@ -241,6 +248,6 @@ def _restore_rotary_frequencies(rounded: "PreTrainedModel", exact: "PreTrainedMo
             buffer.data = original.detach().clone()
 
 
-def _scaled(progress: Progress, number: int, of: int) -> Progress:
-    """Report the progress of one chunk of several as a share of the whole."""
-    return lambda done, total: progress(number * total + done, total * of)
+def _uniforms(seed: int, row_ids: Sequence[int] | None, prompt_ids: Tensor, config: SamplingConfig) -> Tensor:
+    rows = range(len(prompt_ids)) if row_ids is None else row_ids
+    return row_uniforms(seed, rows, config.max_new_tokens).to(prompt_ids.device)

@@ -1,31 +1,25 @@
 """Where scores come from: a reward model, a Python function, a weighted sum of several."""
 
-import importlib.util
-import inspect
 import json
 import math
-import sys
-import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from importlib import import_module
-from pathlib import Path
+from collections.abc import Iterable
 from textwrap import shorten
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.errors import UserError, did_you_mean
+from rlhf_lightning.data.shapes import Prompt
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.functional.rewards import normalize_scores
 from rlhf_lightning.functional.sequences import SequenceBatch, pad_sequences
-from rlhf_lightning.models.loading import foreign_token, load_sequence_classifier, load_tokenizer
+from rlhf_lightning.models.loading import foreign_token, load_config, load_sequence_classifier, load_tokenizer
 from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.rollout.user_functions import as_numbers, call_with_columns, columns_of, load_function
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Prompt = str | list[dict[str, str]]
 
 
 class ScoringBatch(NamedTuple):
@@ -52,10 +46,14 @@ class Scores(NamedTuple):
     Attributes:
         total: What PPO maximises, shape (batch,), float32.
         parts: Each single reward by name, before its weight, shape (batch,); for the log.
+        per_token: Reward that is paid at single tokens, shape (batch, longest response), float32, zero where a response
+            has no token; already contained in ``total``, of which the rest is paid at the last token. ``None`` where
+            all is paid there.
     """
 
     total: Tensor
     parts: dict[str, Tensor]
+    per_token: Tensor | None = None
 
 
 class RewardSource(nn.Module, ABC):
@@ -85,13 +83,20 @@ class RewardModel(RewardSource):
         path: Folder or hub name.
         batch_size: Sequences in one forward pass; larger is faster and needs more memory.
         name: Under which its scores are logged.
+        normalize: True subtracts ``score_mean`` and divides by ``score_std`` of the model's config.json, which
+            ``RewardModule(store_score_statistics=True)`` writes there, so that the scores of the responses it was
+            measured on have mean 0 and variance 1; False takes scores as they are.
+
+    References:
+        Stiennon et al. 2020, "Learning to summarize from human feedback", section 3.4, shift scores to mean 0.
     """
 
-    def __init__(self, path: str, batch_size: int = 32, name: str = "reward_model") -> None:
+    def __init__(self, path: str, batch_size: int = 32, name: str = "reward_model", normalize: bool = False) -> None:
         super().__init__()
         if batch_size < 1:
             raise UserError(f"RewardModel: batch_size is {batch_size}; it must be at least 1.")
-        self.path, self.batch_size, self.name = path, batch_size, name
+        self.path, self.batch_size, self.name, self.normalize = path, batch_size, name, normalize
+        self.score_mean, self.score_std = 0.0, 1.0
         self.scored_token_id: int | None = None
         self.same_tokens = True
 
@@ -99,6 +104,8 @@ class RewardModel(RewardSource):
         """Load model and tokenizer, and find out whether its tokens are the policy's."""
         if hasattr(self, "scalar"):
             return
+        if self.normalize:
+            self.score_mean, self.score_std = self._stored_statistics()
         self.tokenizer = load_tokenizer(self.path)
         model = load_sequence_classifier(self.path).eval().requires_grad_(False)
         self.scalar = ScalarModel(model)
@@ -113,7 +120,18 @@ class RewardModel(RewardSource):
         scores = torch.empty(len(order), device=order.device)
         for rows in order.split(self.batch_size):
             scores[rows] = self.scalar.scores(sequences.select(rows))
+        scores = normalize_scores(scores, mean=self.score_mean, std=self.score_std)
         return Scores(scores, {self.name: scores})
+
+    def _stored_statistics(self) -> tuple[float, float]:
+        config = load_config(self.path)
+        mean, std = (getattr(config, name, None) for name in ("score_mean", "score_std"))
+        if not isinstance(mean, int | float) or not isinstance(std, int | float) or not std > 0:
+            raise UserError(
+                f"RewardModel: normalize is true, but the config.json of {self.path!r} has score_mean {mean} and "
+                f"score_std {std}; train it with RewardModule(store_score_statistics=True), or set normalize: false."
+            )
+        return float(mean), float(std)
 
     def _retokenized(self, batch: ScoringBatch) -> SequenceBatch:
         from rlhf_lightning.data.chat import ConversationEncoder
@@ -156,10 +174,7 @@ class FunctionReward(RewardSource):
                 f"reward function {self.name!r} returned {len(numbers)} scores for {len(batch.responses)} responses; "
                 "it must return one number for each."
             )
-        try:
-            scores = torch.tensor([float(number) for number in numbers])
-        except (TypeError, ValueError) as error:
-            raise UserError(f"reward function {self.name!r} must return numbers: {error}.") from error
+        scores = as_numbers(numbers, self.name)
         bad = [row for row, number in enumerate(scores.tolist()) if not math.isfinite(number)]
         if bad:
             raise UserError(
@@ -170,8 +185,75 @@ class FunctionReward(RewardSource):
         return Scores(scores, {self.name: scores})
 
 
+class TokenFunctionReward(RewardSource):
+    """A Python function that rewards each token by itself.
+
+    It is ``f(prompts, responses, tokens, **columns)`` and returns a list for each response, with one number for each of
+    its tokens. ``tokens`` are the tokens of each response as the policy's vocabulary writes them (byte-level ones begin
+    with ``Ġ`` after a blank), the stop token included. A response's score is the sum of its rewards. Score transforms
+    do not touch rewards of single tokens.
+
+    Args:
+        function: ``package.module:name`` or ``path/to/file.py:name``. ``columns`` are the other columns of the prompts'
+            rows, a list each; a function without ``**`` gets those that it names.
+        name: Under which its scores are logged; ``None`` takes the function's.
+    """
+
+    def __init__(self, function: str, name: str | None = None) -> None:
+        super().__init__()
+        self.function = load_function(function)
+        self.name = name or function.rsplit(":", 1)[-1]
+
+    def setup(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Keep the tokenizer, which knows how tokens are written."""
+        self.tokenizer = tokenizer
+
+    def score(self, batch: ScoringBatch) -> Scores:
+        """Call the function once with the whole batch, and check what comes back."""
+        sequences = batch.sequences
+        pairs = zip(sequences.response_tokens.tolist(), sequences.response_lengths.tolist(), strict=True)
+        tokens = [self.tokenizer.convert_ids_to_tokens(ids[:length]) for ids, length in pairs]
+        columns = columns_of(batch.rows) | {"tokens": tokens}
+        wanted = "a list of one number for each token, for each response"
+        rows = call_with_columns(
+            self.function, batch.prompts, batch.responses, columns, name=self.name, expected=wanted
+        )
+        if len(rows) != len(tokens):
+            raise UserError(
+                f"reward function {self.name!r} returned {len(rows)} lists for {len(tokens)} responses; it must return "
+                f"{wanted}."
+            )
+        per_token = torch.zeros(sequences.response_mask.shape)
+        for number, (rewards, own) in enumerate(zip(rows, tokens, strict=True)):
+            per_token[number, : len(own)] = self._checked(rewards, own)
+        per_token = per_token.to(sequences.input_ids.device)
+        scores = per_token.sum(dim=1)
+        return Scores(scores, {self.name: scores}, per_token)
+
+    def _checked(self, rewards: Any, tokens: list[str]) -> Tensor:
+        """Return the rewards of one response, one for each of its tokens."""
+        if not isinstance(rewards, Iterable) or isinstance(rewards, str | bytes):
+            raise UserError(
+                f"reward function {self.name!r} returned {shorten(repr(rewards), 80)} for a response; it must return a "
+                "list of one number for each token."
+            )
+        numbers = as_numbers(rewards, self.name)
+        if len(numbers) != len(tokens):
+            raise UserError(
+                f"reward function {self.name!r} returned {len(numbers)} numbers for a response of {len(tokens)} tokens "
+                f"({shorten(' '.join(tokens), 80, placeholder=' ...')}); it must return one for each token."
+            )
+        bad = (~numbers.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            raise UserError(
+                f"reward function {self.name!r} returned {float(numbers[bad[0]])} for the token {tokens[bad[0]]!r}; "
+                "rewards must be finite."
+            )
+        return numbers
+
+
 class WeightedSum(RewardSource):
-    """A weighted sum of reward sources, each logged by itself.
+    """A weighted sum of reward sources, each logged by itself; rewards of single tokens keep their places.
 
     Args:
         rewards: The sources.
@@ -184,6 +266,8 @@ class WeightedSum(RewardSource):
             raise UserError(
                 f"WeightedSum: {len(rewards)} rewards but {len(weights)} weights; give one weight for each."
             )
+        if not all(map(math.isfinite, weights)):
+            raise UserError(f"WeightedSum: the weights are {weights}; they must be finite.")
         names = [reward.name for reward in rewards]
         if len(set(names)) != len(names):
             raise UserError(f"WeightedSum: the names {names} are not distinct; set `name` on the rewards.")
@@ -198,100 +282,16 @@ class WeightedSum(RewardSource):
     def score(self, batch: ScoringBatch) -> Scores:
         """Add up the weighted scores."""
         scores = [reward.score(batch) for reward in self.sources]
-        total = torch.stack([weight * part.total for weight, part in zip(self.weights, scores, strict=True)]).sum(dim=0)
-        return Scores(total, {name: value for part in scores for name, value in part.parts.items()})
-
-
-def load_function(path: str) -> Callable[..., Sequence[float]]:
-    """Load a function by ``package.module:name`` or ``path/to/file.py:name``.
-
-    Raises:
-        UserError: If the form, the module, the file or the name is wrong.
-    """
-    module_name, separator, name = path.rpartition(":")
-    if not separator or not name:
-        raise UserError(f"function {path!r} must have the form package.module:name or path/to/file.py:name.")
-    try:
-        module = _module_of_file(Path(module_name)) if module_name.endswith(".py") else import_module(module_name)
-    except UserError:
-        raise
-    except Exception as error:  # whatever the user's own code raises
-        file = f"{module_name.replace('.', '/')}.py"
-        advice = f" For the file give '{file}:{name}'." if Path(file).is_file() else ""
-        raise UserError(f"function {path!r} cannot be imported: {described_failure(error)}.{advice}") from error
-    function = getattr(module, name, None)
-    if function is None:
-        raise UserError(f"function {path!r}: {module_name} has no function {name!r}.{did_you_mean(name, dir(module))}")
-    if not callable(function):
-        raise UserError(f"function {path!r}: {name!r} is a {type(function).__name__}, not a function.")
-    return function
-
-
-def _module_of_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        siblings = [entry.name for entry in path.parent.glob("*.py")]
-        raise UserError(f"the file '{path}' of a reward function does not exist.{did_you_mean(path.name, siblings)}")
-    spec = importlib.util.spec_from_file_location(f"reward_file.{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses, among others, look their module up there
-    spec.loader.exec_module(module)
-    return module
-
-
-def described_failure(error: Exception) -> str:
-    """Return what the user's own code raised, and in which line of which file.
-
-    Example:
-        >>> described_failure(ValueError("no"))
-        'ValueError: no'
-    """
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    if isinstance(error, SyntaxError | ModuleNotFoundError):
-        place = ""  # The first tells its place itself; the other's is in the import system.
-    return shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...") + place
-
-
-def columns_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Turn rows into columns; a value that a row lacks is ``None``."""
-    names = {name: None for row in rows for name in row}
-    return {name: [row.get(name) for row in rows] for name in names if name not in {"prompts", "responses"}}
-
-
-def call_with_columns(
-    function: Callable[..., Sequence[float]],
-    prompts: list[Prompt],
-    responses: list[str],
-    columns: dict[str, list[Any]],
-    *,
-    name: str,
-) -> list[float]:
-    """Call a reward function with those columns that its signature takes.
-
-    Raises:
-        UserError: If it asks for a column that the rows lack, or returns no list.
-    """
-    parameters = list(inspect.signature(function).parameters.values())
-    # Prompts and responses go in by place, whatever the function calls them; a column of that name stays out.
-    named = [p for p in parameters[2:] if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}]
-    lacking = [p.name for p in named if p.default is p.empty and p.name not in columns]
-    if lacking:
-        raise UserError(
-            f"reward function {name!r} asks for the column {lacking[0]!r}, but the prompts' rows have "
-            f"{', '.join(columns) or 'no columns'}.{did_you_mean(lacking[0], columns)}"
-        )
-    wanted = {p.name for p in named}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        wanted = set(columns) - {p.name for p in parameters[:2]} | wanted
-    try:
-        numbers = function(prompts, responses, **{key: column for key, column in columns.items() if key in wanted})
-    except Exception as error:  # whatever the user's own code raises
-        raise UserError(f"reward function {name!r} failed: {described_failure(error)}.") from error
-    if not isinstance(numbers, Iterable):
-        raise UserError(f"reward function {name!r} returned {numbers}; it must return one number for each response.")
-    return list(numbers)
+        parts = {name: value for part in scores for name, value in part.parts.items()}
+        weighted = list(zip(self.weights, scores, strict=True))
+        dense = [weight * part.per_token for weight, part in weighted if part.per_token is not None]
+        if not dense:
+            return Scores(torch.stack([weight * part.total for weight, part in weighted]).sum(dim=0), parts)
+        per_token = torch.stack(dense).sum(dim=0)
+        # What is paid at the end apart from what is paid before it: where there is no such part, the rest of the total
+        # is then 0 to the bit, and no rounding that a transform could blow up.
+        ends = [w * (p.total if p.per_token is None else p.total - p.per_token.sum(dim=1)) for w, p in weighted]
+        return Scores(torch.stack(ends).sum(dim=0) + per_token.sum(dim=1), parts, per_token)
 
 
 def same_tokenization(a: "PreTrainedTokenizerBase", b: "PreTrainedTokenizerBase") -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from rlhf_lightning.functional.sequences import SequenceBatch, pad_sequences
 from rlhf_lightning.models.causal_lm import head_is_plain, response_logprobs, response_pass
@@ -136,3 +136,21 @@ def test_real_models_against_another_implementation(shared_data: Path, name: str
         torch.testing.assert_close(result.logprobs[row, :count], expected[0], atol=3e-5, rtol=0)
         torch.testing.assert_close(result.entropy[row, :count], expected[1], atol=3e-5, rtol=0)
         assert result.logprobs[row].sum().item() == pytest.approx(entry["sum_logprob"], abs=1e-2)
+
+
+def test_a_vocabulary_of_three_words_will_do() -> None:
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=3,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+    batch = SequenceBatch(torch.tensor([[0, 2, 1]]), torch.tensor([1]), torch.tensor([2]))
+    found = response_logprobs(model, batch)
+    expected = model(input_ids=batch.input_ids).logits.log_softmax(-1)[0, [0, 1], [2, 1]]
+    torch.testing.assert_close(found[0], expected)

@@ -32,7 +32,7 @@ def save_checkpoint(path: Path, prefix: str, model: PreTrainedModel, tokenizer: 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("family", ["tied_llama", "gemma2", "gpt2"])
 def test_a_policy_reads_back_with_equal_logits(
     family: str, make_model: Callable[..., PreTrainedModel], word_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -110,7 +110,7 @@ def test_a_reward_model_with_the_tokenizer_of_smollm(
 def test_tied_weights_are_tied_again(
     make_model: Callable[..., PreTrainedModel], word_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    model = make_model("llama")
+    model = make_model("tied_llama")
     export_checkpoint(save_checkpoint(tmp_path / "last.ckpt", "policy.", model, word_tokenizer), tmp_path / "out")
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.lm_head.weight is again.model.embed_tokens.weight
@@ -171,3 +171,28 @@ class TestMistakes:
     def test_an_empty_folder_will_do(self, checkpoint: Path, tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
         assert (export_checkpoint(checkpoint, tmp_path / "out") / "config.json").is_file()
+
+
+class WithBinaryFile(PreTrainedTokenizerFast):
+    """Writes a file that is no text beside its own, as tokenizers of sentencepiece do."""
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        written = super().save_pretrained(save_directory, *args, **kwargs)
+        Path(save_directory, "tokenizer.model").write_bytes(BINARY)
+        Path(save_directory, "lines.txt").write_bytes(b"a\r\nb\n")
+        return written
+
+
+BINARY = b"\n\x0e\n\x05<unk>\x15\x00\x00\x80\xff\x00\r\n" + bytes(range(256))
+
+
+def test_a_tokenizer_file_that_is_no_text_comes_back_byte_for_byte(
+    make_model: Callable[..., PreTrainedModel], word_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    tokenizer = WithBinaryFile(tokenizer_object=word_tokenizer.backend_tokenizer)
+    checkpoint = save_checkpoint(tmp_path / "last.ckpt", "policy.", make_model("llama"), tokenizer)
+    packed = torch.load(checkpoint, weights_only=True)[CHECKPOINT_KEY]["files"]
+    assert isinstance(packed["config.json"], str)
+    folder = export_checkpoint(checkpoint, tmp_path / "exported")
+    assert (folder / "tokenizer.model").read_bytes() == BINARY
+    assert (folder / "lines.txt").read_bytes() == b"a\r\nb\n"

@@ -223,6 +223,7 @@ SMALL = {"vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 2, "num_atten
 def test_no_family_drops_anything_in_training(config: PreTrainedConfig) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # where whole layers are dropped, two passes may agree by chance
         passes = [model.train()(input_ids=IDS).logits for _ in range(2)]
         assert not torch.equal(*passes)  # it is there before
         assert disable_dropout(model) is model

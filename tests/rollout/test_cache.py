@@ -3,9 +3,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, MambaConfig, PreTrainedModel, Qwen3NextConfig
 
-from rlhf_lightning.rollout.cache import preallocated_cache
+from rlhf_lightning.rollout.cache import copied_row, holds_keys_and_values_alone, preallocated_cache, rearrange
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16, 17, 18], [19, 20, 21, 22, 23, 24, 25]])
 
@@ -68,3 +68,62 @@ def test_more_tokens_than_there_is_room_for(make_model: Callable[..., PreTrained
     model = make_model("llama")
     with pytest.raises(RuntimeError):
         model(input_ids=IDS, past_key_values=preallocated_cache(model.config, 6), use_cache=True)
+
+
+class TestRearranging:
+    @staticmethod
+    @torch.no_grad()
+    def filled(model: PreTrainedModel, rows: list[int], tokens: int) -> DynamicCache:
+        cache = DynamicCache(config=model.config)
+        model(input_ids=IDS[rows, :tokens], past_key_values=cache, use_cache=True)
+        return cache
+
+    @torch.no_grad()
+    def test_rows_of_several_caches_go_on_as_if_alone(
+        self, family: str, make_model: Callable[..., PreTrainedModel]
+    ) -> None:
+        model = make_model(family)
+        cache = preallocated_cache(model.config, 8)
+        longer, shorter = self.filled(model, [0, 1], 5), self.filled(model, [2], 2)
+        rearrange(cache, [(longer, torch.tensor([1])), (shorter, torch.tensor([0, 0])), (longer, torch.tensor([0]))], 6)
+        taken, sizes = [1, 2, 2, 0], torch.tensor([5, 2, 2, 5])
+        # The second time the cache is a part of itself, moved to the left and put in another order.
+        for following in ([3, 1], [1, 0]):
+            mask = torch.arange(cache.get_seq_length() + 1) >= cache.get_seq_length() - sizes[:, None]
+            logits = model(
+                input_ids=IDS[taken, sizes][:, None],
+                attention_mask=mask,
+                position_ids=sizes[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+            sizes = sizes + 1
+            for place, row in enumerate(taken):
+                alone = model(input_ids=IDS[row : row + 1, : sizes[place]]).logits[0, -1]
+                torch.testing.assert_close(logits[place], alone, atol=1e-4, rtol=1e-4)
+            rearrange(cache, [(cache, torch.tensor(following))], 6)
+            taken, sizes = [taken[place] for place in following], sizes[following]
+            assert cache.get_seq_length() == 6
+
+    def test_nothing_comes_of_nothing(self, make_model: Callable[..., PreTrainedModel]) -> None:
+        cache = preallocated_cache(make_model("gemma2").config, 7)
+        rearrange(cache, [(cache, torch.tensor([0]))], 3)
+        assert cache.get_seq_length() == 0
+
+    def test_a_copied_row_keeps_nothing_else_alive(
+        self, family: str, make_model: Callable[..., PreTrainedModel]
+    ) -> None:
+        model = make_model(family)
+        cache = self.filled(model, [0, 1, 2], 3)
+        copy = copied_row(cache, model.config, 1)
+        for ours, theirs in zip(copy.layers, cache.layers, strict=True):
+            assert torch.equal(ours.keys, theirs.keys[1:2])
+            assert torch.equal(ours.values, theirs.values[1:2])
+            assert ours.keys.untyped_storage().nbytes() == ours.keys.nbytes
+
+    def test_models_that_keep_another_state_are_told_apart(
+        self, family: str, make_model: Callable[..., PreTrainedModel]
+    ) -> None:
+        assert holds_keys_and_values_alone(make_model(family).config)
+        assert not holds_keys_and_values_alone(MambaConfig())
+        assert not holds_keys_and_values_alone(Qwen3NextConfig())

@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf_lightning.functional.sequences import SequenceBatch
-from rlhf_lightning.models.causal_lm import response_logprobs
+from rlhf_lightning.models.causal_lm import ResponsePass, response_logprobs, response_pass
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.rollout.collect import Rollout, Scorers, decode_responses, length_sorted, score_samples
 from rlhf_lightning.rollout.reward_sources import RewardSource, Scores, ScoringBatch
@@ -35,10 +36,20 @@ class LastToken(RewardSource):
         return Scores(last, {"last": last})
 
 
+class OwnPass(ScalarModel):
+    """A critic with a pass of its own, which notes what it was given of the policy's."""
+
+    given: ResponsePass
+
+    def values(self, batch: SequenceBatch, policy_pass: ResponsePass) -> torch.Tensor:  # type: ignore[override]
+        self.given = policy_pass
+        return super().values(batch)
+
+
 @pytest.fixture
 def scorers(make_model: Callable[..., PreTrainedModel]) -> Scorers:
     """Three different models and a reward."""
-    critic = ScalarModel(make_model("llama", seed=3, scalar=True))
+    critic = OwnPass(make_model("llama", seed=3, scalar=True))
     return Scorers(make_model("llama", seed=1), make_model("llama", seed=2), critic, LastToken(), temperature=0.7)
 
 
@@ -60,7 +71,7 @@ def test_every_model_says_its_own(scorers: Scorers, word_tokenizer: PreTrainedTo
     with torch.no_grad():
         old = response_logprobs(scorers.policy, SEQUENCES, temperature=0.7)
         ref = response_logprobs(scorers.reference, SEQUENCES, temperature=0.7)
-        values = scorers.critic.values(SEQUENCES)
+        values = ScalarModel.values(scorers.critic, SEQUENCES)
     torch.testing.assert_close(rollout.old_logprobs, old, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(rollout.ref_logprobs, ref, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(rollout.old_values, values, atol=1e-5, rtol=1e-5)
@@ -68,6 +79,20 @@ def test_every_model_says_its_own(scorers: Scorers, word_tokenizer: PreTrainedTo
     assert not any(tensor.requires_grad for tensor in (rollout.old_logprobs, rollout.ref_logprobs, rollout.old_values))
     assert rollout.scores.total.tolist() == [2, 15, 2]
     assert rollout.sampler_logprobs is SAMPLES.logprobs
+
+
+def test_without_a_critic_values_are_zero(scorers: Scorers, word_tokenizer: PreTrainedTokenizerFast) -> None:
+    rollout = score(dataclasses.replace(scorers, critic=None), word_tokenizer, [[0, 1, 2]], group_size=3)
+    assert not rollout.old_values.any()
+    assert rollout.old_logprobs.any()
+    assert rollout.group_size == 3
+
+
+def test_a_critic_is_shown_the_policys_own_pass(scorers: Scorers, word_tokenizer: PreTrainedTokenizerFast) -> None:
+    score(scorers, word_tokenizer, [[0, 1, 2]])
+    with torch.no_grad():
+        expected = response_pass(scorers.policy, SEQUENCES, temperature=0.7)
+    torch.testing.assert_close(scorers.critic.given.hidden, expected.hidden)
 
 
 def test_groups_change_nothing(scorers: Scorers, word_tokenizer: PreTrainedTokenizerFast) -> None:

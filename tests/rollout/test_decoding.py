@@ -1,17 +1,19 @@
 import copy
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, MambaConfig, PreTrainedModel
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch, length_mask
 from rlhf_lightning.models.causal_lm import response_logprobs
 from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
+from rlhf_lightning.rollout import linear
 from rlhf_lightning.rollout.decoding import CachedSampler, TransformersSampler
 from rlhf_lightning.rollout.sampler import Sampler, Samples, SamplingConfig
 
@@ -241,18 +243,29 @@ class TestWork:
         assert [torch.Size(shape).numel() // 37 for shape in shapes] == [8, 8]
 
     @pytest.mark.parametrize(("decode_batch_size", "total"), [(None, 12), (3, 36)])
+    @pytest.mark.parametrize("stop_ids", [[], STOPS], ids=["full", "stopping"])
     def test_progress_rises_to_the_end(
-        self, make_model: MakeModel, make_prompts: MakePrompts, decode_batch_size: int | None, total: int
+        self,
+        make_model: MakeModel,
+        make_prompts: MakePrompts,
+        decode_batch_size: int | None,
+        total: int,
+        stop_ids: list[int],
     ) -> None:
         calls: list[tuple[int, int]] = []
         run(
             CachedSampler(decode_batch_size),
             make_model("llama"),
             make_prompts(ROWS),
-            stop_ids=[],
+            stop_ids=stop_ids,
             progress=lambda done, of: calls.append((done, of)),
         )
-        assert calls == [(done, total) for done in range(1, total + 1)]
+        done = [done for done, of in calls if of == total]
+        assert len(done) == len(calls)
+        assert done == sorted(done)
+        assert done[-1] == total
+        if decode_batch_size is None and not stop_ids:
+            assert done == list(range(1, total + 1))
 
     def test_decode_batch_size_is_checked(self) -> None:
         with pytest.raises(UserError, match="decode_batch_size is 0; it must be at least 1"):
@@ -315,3 +328,55 @@ class TestCopies:
             exact = response_logprobs(model, joined)
         assert (samples.logprobs - exact).abs().max().item() < 0.3
         assert (samples.logprobs - exact).abs().mean().item() < 0.03
+
+
+class TestPackedWeights:
+    @pytest.fixture(autouse=True)
+    def _pack_the_smallest(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(linear, "SMALLEST", 0)
+
+    @pytest.mark.parametrize("decode_batch_size", [None, 3])
+    def test_every_family_token_for_token_as_transformers(
+        self, family: str, make_model: MakeModel, make_prompts: MakePrompts, decode_batch_size: int | None
+    ) -> None:
+        model, prompts = make_model(family), make_prompts(ROWS)
+        sampler = CachedSampler(decode_batch_size)
+        ours = run(sampler, model, prompts)
+        assert sampler._linears._packed
+        assert_equal(ours, run(TransformersSampler(), model, prompts))
+
+    def test_pack_weights_changes_what_is_held_and_no_token(
+        self, make_model: MakeModel, make_prompts: MakePrompts
+    ) -> None:
+        model, prompts = make_model("llama"), make_prompts(ROWS)
+        packed, plain = CachedSampler(), CachedSampler(pack_weights=False)
+        assert_equal(run(packed, model, prompts), run(plain, model, prompts))
+        assert len(packed._linears._packed) == 15  # seven in each of two layers, and the head
+        assert not plain._linears._packed
+        packed.release()
+        assert not packed._linears._packed
+
+    def test_an_update_between_two_calls_reaches_the_packed_weights(
+        self, make_model: MakeModel, make_prompts: MakePrompts
+    ) -> None:
+        model, prompts = make_model("llama"), make_prompts(ROWS)
+        sampler, config = CachedSampler(), SamplingConfig(max_new_tokens=12)
+        run(sampler, model, prompts, seed=0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.3)
+        sampler.sync(model.named_parameters(), 1)
+        again = sampler.sample(prompts.ids, prompts.mask, config=config, stop_ids=STOPS, seed=0)
+        assert_equal(again, run(TransformersSampler(), model, prompts, seed=0))
+
+
+def test_models_with_another_state_are_left_to_generate(
+    make_prompts: MakePrompts, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {"vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(MambaConfig(**sizes)).eval()
+    prompts = make_prompts(ROWS)
+    with caplog.at_level(logging.INFO, logger="rlhf_lightning"):
+        ours = run(CachedSampler(3), model, prompts)
+    assert "MambaForCausalLM keeps another state" in caplog.text
+    assert_equal(ours, run(TransformersSampler(), model, prompts))

@@ -16,9 +16,8 @@ from rlhf_lightning.rollout.reward_sources import (
     RewardSource,
     Scores,
     ScoringBatch,
+    TokenFunctionReward,
     WeightedSum,
-    columns_of,
-    load_function,
     same_tokenization,
 )
 
@@ -62,6 +61,27 @@ def one(prompts, responses):
 
 def failing(prompts, responses):
     return [1 / 0]
+
+def ends(prompts, responses, tokens):
+    return [[float(token == "<|end|>") - 0.25 * number for number, token in enumerate(row)] for row in tokens]
+
+def ends_in_answer(prompts, responses, tokens, answer):
+    return [[len(wanted)] * len(row) for row, wanted in zip(tokens, answer)]
+
+def one_list(prompts, responses, tokens):
+    return [[0.0] * len(tokens[0])]
+
+def plain_numbers(prompts, responses, tokens):
+    return [1.0] * len(tokens)
+
+def one_too_few(prompts, responses, tokens):
+    return [[0.0] * (len(row) - 1) for row in tokens]
+
+def text_tokens(prompts, responses, tokens):
+    return tokens
+
+def infinite(prompts, responses, tokens):
+    return [[float("inf")] * len(row) for row in tokens]
 
 number = 3
 """
@@ -137,49 +157,54 @@ class TestFunctions:
         with pytest.raises(UserError, match=message):
             FunctionReward(f"{rewards}:{name}").score(scoring_batch())
 
+
+class TestTokenFunctions:
+    def make(self, path: str, tokenizer: PreTrainedTokenizerFast) -> TokenFunctionReward:
+        source = TokenFunctionReward(path)
+        source.setup(tokenizer)
+        return source
+
+    def test_each_token_gets_its_reward(self, rewards: str, word_tokenizer: PreTrainedTokenizerFast) -> None:
+        # The responses are w7 <|end|> and w9: 0 and 1 - 0.25 for the first, 0 for the second.
+        scores = self.make(f"{rewards}:ends", word_tokenizer).score(scoring_batch())
+        assert scores.per_token is not None
+        assert scores.per_token.tolist() == [[0, 0.75], [0, 0]]
+        assert scores.per_token.dtype == torch.float32
+        assert scores.total.tolist() == [0.75, 0]
+        assert {name: part.tolist() for name, part in scores.parts.items()} == {"ends": [0.75, 0]}
+
+    def test_it_gets_the_columns_that_it_names(self, rewards: str, word_tokenizer: PreTrainedTokenizerFast) -> None:
+        batch = scoring_batch(columns=[{"answer": "three"}, {"answer": "x"}])
+        scores = self.make(f"{rewards}:ends_in_answer", word_tokenizer).score(batch)
+        assert scores.per_token is not None
+        assert scores.per_token.tolist() == [[5, 5], [1, 0]]  # nothing where the second has no token
+        assert scores.total.tolist() == [10, 1]
+
     @pytest.mark.parametrize(
-        ("path", "message"),
+        ("name", "message"),
         [
-            ("no_colon", "must have the form package.module:name or path/to/file.py:name"),
-            ("statistics:", "must have the form"),
-            (
-                "broken.py:f",
-                "'broken.py:f' cannot be imported: ZeroDivisionError: division by zero (broken.py, line 2)",
-            ),
-            (
-                "broken:f",
-                "cannot be imported: ZeroDivisionError: division by zero (broken.py, line 2). For the file give",
-            ),
-            ("brokn.py:f", "the file 'brokn.py' of a reward function does not exist. Did you mean 'broken.py'?"),
-            ("no_such_package.rewards:f", "cannot be imported: ModuleNotFoundError: No module named 'no_such_package'"),
-            ("none.py:f", "the file 'none.py' of a reward function does not exist"),
-            ("statistics:meen", "statistics has no function 'meen'. Did you mean 'mean'?"),
-            ("math:pi", "'pi' is a float, not a function"),
+            ("one_list", "'one_list' returned 1 lists for 2 responses; it must return a list of one number for each t"),
+            ("plain_numbers", "'plain_numbers' returned 1.0 for a response; it must return a list of one number"),
+            ("one_too_few", r"'one_too_few' returned 1 numbers for a response of 2 tokens \(w7 <|end|>\); it must"),
+            ("text_tokens", "'text_tokens' must return numbers: could not convert string to float: 'w7'"),
+            ("infinite", "'infinite' returned inf for the token 'w7'; rewards must be finite"),
+            ("nothing", "'nothing' returned None; it must return a list of one number for each token, for each resp"),
         ],
     )
-    def test_a_path_that_leads_nowhere(
-        self, path: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_what_it_returns_is_checked(
+        self, rewards: str, name: str, message: str, word_tokenizer: PreTrainedTokenizerFast
     ) -> None:
-        (tmp_path / "broken.py").write_text("\n1 / 0\n")
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.syspath_prepend(tmp_path)
-        with pytest.raises(UserError) as error:
-            load_function(path)
-        assert message in str(error.value)
-
-    def test_functions_of_installed_modules(self) -> None:
-        assert load_function("statistics:mean")([1, 2, 6]) == 3  # type: ignore[comparison-overlap]
-
-    def test_rows_become_columns(self) -> None:
-        rows = [{"a": 1, "responses": "x"}, {"b": 2, "prompts": "y"}]
-        assert columns_of(rows) == {"a": [1, None], "b": [None, 2]}
+        with pytest.raises(UserError, match=message.replace("|", r"\|")) as error:
+            self.make(f"{rewards}:{name}", word_tokenizer).score(scoring_batch())
+        assert "\n" not in str(error.value)
 
 
 class Constant(RewardSource):
     """Gives fixed scores."""
 
-    def __init__(self, name: str, scores: list[float]) -> None:
+    def __init__(self, name: str, scores: list[float], per_token: list[list[float]] | None = None) -> None:
         super().__init__()
+        self.per_token = None if per_token is None else torch.tensor(per_token)
         self.name, self.scores = name, torch.tensor(scores)
         self.tokenizer: Any = None
 
@@ -187,7 +212,7 @@ class Constant(RewardSource):
         self.tokenizer = tokenizer
 
     def score(self, batch: ScoringBatch) -> Scores:
-        return Scores(self.scores, {self.name: self.scores})
+        return Scores(self.scores, {self.name: self.scores}, self.per_token)
 
 
 class TestWeightedSum:
@@ -201,11 +226,32 @@ class TestWeightedSum:
         # Each is logged as it came, before its weight.
         assert {name: part.tolist() for name, part in scores.parts.items()} == {"kind": [1, 2], "long": [10, 30]}
 
+    def test_rewards_of_single_tokens_keep_their_places_and_are_weighted(self) -> None:
+        kind = Constant("kind", [1.0, 2.0])
+        dense = Constant("dense", [3.0, 5.0], [[1.0, 2.0], [5.0, 0.0]])
+        other = Constant("other", [10.0, 0.0], [[0.0, 4.0], [0.0, 0.0]])  # pays 6 at the end of the first
+        scores = WeightedSum([kind, dense, other], [2.0, -1.0, 0.5]).score(scoring_batch())
+        assert scores.total.tolist() == [4, -1]  # 2 - 3 + 5 and 4 - 5
+        assert scores.per_token is not None
+        assert scores.per_token.tolist() == [[-1, 0], [-5, 0]]  # -1, -2 + 2; -5
+        assert WeightedSum([kind], [2.0]).score(scoring_batch()).per_token is None
+
+    def test_rewards_of_single_tokens_leave_no_rounding_to_be_paid_at_the_end(self) -> None:
+        """0.3 (a + b) and 0.3 a + 0.3 b differ in float32, here by 1e-5: noise that normalising would blow up."""
+        per_token = 100 * torch.rand(16, 8, generator=torch.Generator().manual_seed(0))
+        dense = Constant("dense", per_token.sum(dim=1).tolist(), per_token.tolist())
+        assert ((0.3 * dense.scores) - (0.3 * per_token).sum(dim=1)).abs().max() > 3e-6
+        scores = WeightedSum([dense], [0.3]).score(scoring_batch())
+        assert scores.per_token is not None
+        assert torch.equal(scores.total, scores.per_token.sum(dim=1))
+
     def test_mistakes(self) -> None:
         with pytest.raises(UserError, match="1 rewards but 2 weights"):
             WeightedSum([Constant("a", [1.0])], [1.0, 2.0])
         with pytest.raises(UserError, match="0 rewards but 0 weights"):
             WeightedSum([], [])
+        with pytest.raises(UserError, match=r"the weights are \[nan\]; they must be finite"):
+            WeightedSum([Constant("a", [1.0])], [float("nan")])
         with pytest.raises(UserError, match=r"the names \['a', 'a'\] are not distinct"):
             WeightedSum([Constant("a", [1.0]), Constant("a", [1.0])], [1.0, 2.0])
 
@@ -243,6 +289,38 @@ class TestRewardModel:
         assert not scores.total.requires_grad
         assert not any(parameter.requires_grad for parameter in source.parameters())
         assert not source.scalar.model.training
+
+    def test_normalize_changes_the_scores_by_the_stored_statistics(
+        self, make_model: Callable[..., PreTrainedModel], word_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        make_model("llama", scalar=True, score_mean=0.5, score_std=4).save_pretrained(tmp_path)
+        word_tokenizer.save_pretrained(tmp_path)
+        raw, normal = RewardModel(str(tmp_path)), RewardModel(str(tmp_path), normalize=True)
+        for source in (raw, normal):
+            source.setup(word_tokenizer)
+        expected = (raw.score(scoring_batch()).total - 0.5) / 4
+        scores = normal.score(scoring_batch())
+        torch.testing.assert_close(scores.total, expected)
+        assert torch.equal(scores.parts["reward_model"], scores.total)
+
+    @pytest.mark.parametrize(
+        ("statistics", "found"),
+        [
+            ({}, "score_mean None and score_std None"),
+            ({"score_mean": 1.0, "score_std": 0.0}, r"1\.0 and score_std 0\.0"),
+        ],
+    )
+    def test_normalize_needs_statistics(
+        self,
+        statistics: dict[str, float],
+        found: str,
+        make_model: Callable[..., PreTrainedModel],
+        word_tokenizer: PreTrainedTokenizerFast,
+        tmp_path: Path,
+    ) -> None:
+        make_model("llama", scalar=True, **statistics).save_pretrained(tmp_path)
+        with pytest.raises(UserError, match=f"{found}; train it with RewardModule"):
+            RewardModel(str(tmp_path), normalize=True).setup(word_tokenizer)
 
     def test_another_tokenizer_reads_the_conversation_in_its_own_template(
         self, reward_model: tuple[str, PreTrainedModel]

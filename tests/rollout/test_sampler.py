@@ -8,7 +8,14 @@ from transformers import PreTrainedTokenizerFast
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.rollout.sampler import SamplingConfig, draw_tokens, refuse_nan, resolve_stop_ids, row_uniforms
+from rlhf_lightning.rollout.sampler import (
+    SamplingConfig,
+    draw_tokens,
+    invert_cumulative,
+    refuse_nan,
+    resolve_stop_ids,
+    row_uniforms,
+)
 
 NO_STOPS = torch.tensor([], dtype=torch.int64)
 LARGEST = math.nextafter(1.0, 0.0)
@@ -116,6 +123,27 @@ class TestDrawing:
             ]
             assert tokens == [2, 2, 1, 1]
 
+    def test_each_row_counts_its_own_tokens(self) -> None:
+        logits, stops = torch.tensor([[0.0, 9.0, 1.0, 8.0]]).expand(4, -1), torch.tensor([1, 3])
+        config = SamplingConfig(min_new_tokens=2, temperature=0.0)
+        steps = torch.tensor([3, 0, 2, 1])
+        tokens, _ = draw_tokens(logits, torch.full((4,), 0.5), config, step=steps, stop_ids=stops)
+        assert tokens.tolist() == [1, 2, 1, 2]
+
+    @pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 300, 1000])  # blocks have 128 places
+    def test_sums_by_blocks_find_what_a_plain_search_finds(self, size: int) -> None:
+        generator = torch.Generator().manual_seed(size)
+        probabilities = (4 * torch.randn(200, size, generator=generator)).softmax(-1)
+        probabilities[:, : size // 3] = 0
+        uniforms = torch.rand(200, generator=generator)
+        cumulative = probabilities.double().cumsum(-1)
+        target = uniforms.double()[:, None] * cumulative[:, -1:]
+        tokens = invert_cumulative(probabilities, uniforms)
+        assert torch.equal(tokens, torch.searchsorted(cumulative, target, right=True).squeeze(1))
+        assert (invert_cumulative(probabilities, torch.ones(200)) < size).all()
+        assert (probabilities.gather(1, invert_cumulative(probabilities, torch.ones(200))[:, None]) > 0).all()
+        assert (probabilities.gather(1, invert_cumulative(probabilities, torch.zeros(200))[:, None]) > 0).all()
+
     def test_temperature_0_takes_the_likeliest(self) -> None:
         logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, -1.0, 2.9]])
         config = SamplingConfig(temperature=0.0)
@@ -181,6 +209,7 @@ class TestStopTokens:
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
         ({"min_new_tokens": -1}, "min_new_tokens is -1"),
         ({"min_new_tokens": 9, "max_new_tokens": 8}, r"min_new_tokens is 9; it must lie in 0\.\.max_new_tokens \(8\)"),
+        ({"temperature": float("nan")}, "temperature is nan; it must be at least 0"),
         ({"temperature": -0.5}, r"temperature is -0\.5; it must be at least 0"),
         ({"top_k": -1}, "top_k is -1; it must be at least 0"),
         ({"top_p": 0.0}, r"top_p is 0\.0; it must lie in \(0, 1\]"),

@@ -1,0 +1,131 @@
+"""Reward functions of the user's own: found by their path, called with the columns they take, checked."""
+
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
+from pathlib import Path
+from textwrap import shorten
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.data.shapes import Prompt
+from rlhf_lightning.errors import UserError, did_you_mean
+
+
+def load_function(path: str) -> Callable[..., Sequence[Any]]:
+    """Load a function by ``package.module:name`` or ``path/to/file.py:name``.
+
+    Raises:
+        UserError: If the form, the module, the file or the name is wrong.
+    """
+    module_name, separator, name = path.rpartition(":")
+    if not separator or not name:
+        raise UserError(f"function {path!r} must have the form package.module:name or path/to/file.py:name.")
+    try:
+        module = _module_of_file(Path(module_name)) if module_name.endswith(".py") else import_module(module_name)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's own code raises
+        file = f"{module_name.replace('.', '/')}.py"
+        advice = f" For the file give '{file}:{name}'." if Path(file).is_file() else ""
+        raise UserError(f"function {path!r} cannot be imported: {described_failure(error)}.{advice}") from error
+    function = getattr(module, name, None)
+    if function is None:
+        raise UserError(f"function {path!r}: {module_name} has no function {name!r}.{did_you_mean(name, dir(module))}")
+    if not callable(function):
+        raise UserError(f"function {path!r}: {name!r} is a {type(function).__name__}, not a function.")
+    return function
+
+
+def _module_of_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        siblings = [entry.name for entry in path.parent.glob("*.py")]
+        raise UserError(f"the file '{path}' of a reward function does not exist.{did_you_mean(path.name, siblings)}")
+    spec = importlib.util.spec_from_file_location(f"reward_file.{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses, among others, look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def described_failure(error: Exception) -> str:
+    """Return what the user's own code raised, and in which line of which file.
+
+    Example:
+        >>> described_failure(ValueError("no"))
+        'ValueError: no'
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    if isinstance(error, SyntaxError | ModuleNotFoundError):
+        place = ""  # The first tells its place itself; the other's is in the import system.
+    return shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...") + place
+
+
+def columns_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Turn rows into columns; a value that a row lacks is ``None``."""
+    names = {name: None for row in rows for name in row}
+    return {name: [row.get(name) for row in rows] for name in names if name not in {"prompts", "responses"}}
+
+
+def call_with_columns(
+    function: Callable[..., Sequence[Any]],
+    prompts: list[Prompt],
+    responses: list[str],
+    columns: dict[str, list[Any]],
+    *,
+    name: str,
+    expected: str = "one number for each response",
+) -> list[Any]:
+    """Call a reward function with those columns that its signature takes.
+
+    Args:
+        function: What the user wrote.
+        prompts: As text or chat messages.
+        responses: As text.
+        columns: By name, one value for each response.
+        name: Of the function, for errors.
+        expected: What it must return, for errors.
+
+    Raises:
+        UserError: If it asks for a column that the rows lack, or returns no list.
+    """
+    parameters = list(inspect.signature(function).parameters.values())
+    # Prompts and responses go in by place, whatever the function calls them; a column of that name stays out.
+    named = [p for p in parameters[2:] if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}]
+    lacking = [p.name for p in named if p.default is p.empty and p.name not in columns]
+    if lacking:
+        raise UserError(
+            f"reward function {name!r} asks for the column {lacking[0]!r}, but the prompts' rows have "
+            f"{', '.join(columns) or 'no columns'}.{did_you_mean(lacking[0], columns)}"
+        )
+    wanted = {p.name for p in named}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        wanted = set(columns) - {p.name for p in parameters[:2]} | wanted
+    try:
+        numbers = function(prompts, responses, **{key: column for key, column in columns.items() if key in wanted})
+    except Exception as error:  # whatever the user's own code raises
+        raise UserError(f"reward function {name!r} failed: {described_failure(error)}.") from error
+    if not isinstance(numbers, Iterable):
+        raise UserError(f"reward function {name!r} returned {numbers}; it must return {expected}.")
+    return list(numbers)
+
+
+def as_numbers(numbers: Iterable[Any], name: str) -> Tensor:
+    """Return what a reward function called ``name`` returned as a tensor, float32.
+
+    Raises:
+        UserError: If something among it is no number.
+    """
+    try:
+        return torch.tensor([float(number) for number in numbers])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"reward function {name!r} must return numbers: {error}.") from error
