@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlhf_lightning.data.chat import ConversationEncoder
     from rlhf_lightning.data.collate import (
+        LabelledBatch,
         PairBatch,
         PromptBatch,
+        collate_labelled,
         collate_pairs,
         collate_prompts,
         collate_sequences,
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.data.shapes import Demonstration, Pair, parse_demonstration, parse_pair, parse_prompt
     from rlhf_lightning.data.stream import BatchStream, EvalBatches
     from rlhf_lightning.data.text import DemonstrationDataModule
+    from rlhf_lightning.data.unpaired import UnpairedDataModule
 
 _HOMES = {
     "BatchStream": "stream",
@@ -28,11 +31,14 @@ _HOMES = {
     "Demonstration": "shapes",
     "DemonstrationDataModule": "text",
     "EvalBatches": "stream",
+    "LabelledBatch": "collate",
     "Pair": "shapes",
     "PairBatch": "collate",
     "PreferenceDataModule": "preferences",
     "PromptBatch": "collate",
     "PromptDataModule": "prompts",
+    "UnpairedDataModule": "unpaired",
+    "collate_labelled": "collate",
     "collate_pairs": "collate",
     "collate_prompts": "collate",
     "collate_sequences": "collate",
@@ -48,11 +54,14 @@ __all__ = [
     "Demonstration",
     "DemonstrationDataModule",
     "EvalBatches",
+    "LabelledBatch",
     "Pair",
     "PairBatch",
     "PreferenceDataModule",
     "PromptBatch",
     "PromptDataModule",
+    "UnpairedDataModule",
+    "collate_labelled",
     "collate_pairs",
     "collate_prompts",
     "collate_sequences",

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -57,30 +58,50 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
     """A data module over rows that are read once, parsed, tokenised and kept in memory.
 
     A subclass says what is in a row (:meth:`parse`), what ids that makes (:meth:`encode`) and how they make a batch
-    (:meth:`collate`). The arguments are described there; here none has a default.
+    (:meth:`collate`).
 
     ``batch_type`` is the class of its batches. ``counts`` holds after :meth:`setup` how many rows were read, kept,
     truncated and dropped, and why.
+
+    Args:
+        source: A ``.jsonl``, ``.json``, ``.csv`` (also with ``.gz``) or ``.parquet`` file, ``builtin:demo/<name>``, or
+            a hub name (``owner/name`` or ``owner/name:config``).
+        val_source: Validation rows, named likewise.
+        val_size: Rows to take off the source for validation instead, by prompt, so that training shares none with them.
+        batch_size: Examples per optimizer step over all processes together; more makes steps steadier and dearer.
+        val_batch_size: Examples per validation step over all processes together; ``None`` takes ``batch_size``.
+        chat: Apply the tokenizer's chat template; false takes prompts and responses as plain text.
+        stop_token: Token that ends a response; ``None`` takes the tokenizer's EOS token.
+        tokenizer: Model folder or hub name to take the tokenizer from; ``None`` takes that of the module in training.
+        split: Split of a hub data set.
+        val_split: Split of a hub data set for validation.
+        limit: Rows of the source to use, the first ones; ``None`` uses all.
+        shuffle: Draw training rows in a random order that follows from the run's seed.
+        bad_rows: What to do with a row that cannot be read: stop with an ``error`` that names it, or ``drop`` and count
+            it.
+
+    Raises:
+        UserError: If numbers do not go together; from ``setup`` if the data cannot be used.
     """
 
     batch_type: type
 
     def __init__(
         self,
-        *,
         source: str,
-        val_source: str | None,
-        val_size: int,
-        batch_size: int,
-        val_batch_size: int,
-        chat: bool,
-        stop_token: str | None,
-        tokenizer: str | None,
-        split: str,
-        val_split: str | None,
-        limit: int | None,
-        shuffle: bool,
-        bad_rows: Literal["error", "drop"],
+        val_source: str | None = None,
+        val_size: int = 0,
+        *,
+        batch_size: int = 8,
+        val_batch_size: int | None = None,
+        chat: bool = True,
+        stop_token: str | None = None,
+        tokenizer: str | None = None,
+        split: str = "train",
+        val_split: str | None = None,
+        limit: int | None = None,
+        shuffle: bool = True,
+        bad_rows: Literal["error", "drop"] = "error",
     ) -> None:
         super().__init__()
         for name, number in {"batch_size": batch_size, "val_batch_size": val_batch_size, "limit": limit}.items():
@@ -94,7 +115,7 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
         if val_split and not is_hub_name(val_source or source):
             raise UserError(f"val_split {val_split!r} needs a hub data set; for files give val_source or val_size.")
         self.source, self.val_source, self.val_size = source, val_source, val_size
-        self.batch_size, self.val_batch_size = batch_size, val_batch_size
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.chat, self.stop_token, self.tokenizer_name = chat, stop_token, tokenizer
         self.split, self.val_split, self.limit = split, val_split, limit
         self.shuffle, self.bad_rows = shuffle, bad_rows
@@ -129,6 +150,10 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
     def collate(self, examples: list[Example]) -> Batch:
         """Return a batch of these examples."""
 
+    def collate_for_training(self, examples: list[Example]) -> Batch:
+        """Return a training batch of these examples, where that is another than :meth:`collate` gives."""
+        return self.collate(examples)
+
     def prepare_data(self) -> None:
         """Download what is on the hub, on one process, for all to find in the cache."""
         for source, split in [
@@ -139,18 +164,20 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
                 read_rows(source, split=split)
 
     def setup(self, stage: str) -> None:
-        """Read, parse, split and tokenise; once, however many stages follow.
+        """Read, parse, split and tokenise, once; training rows only if the stage is a training.
 
         Raises:
             UserError: If a row cannot be read, nothing is left of the data, or ``stage`` needs validation rows that are
                 not there.
         """
-        if not self.train_examples:
-            self._encoder = ConversationEncoder(self._tokenizer(), stop_token=self.stop_token, chat=self.chat)
-            self._read()
-        if stage in ("validate", "test") and not self.val_examples:
+        if stage in ("validate", "test") and not (self.val_source or self.val_split or self.val_size):
             command = getattr(stage, "value", stage)  # an enumeration when it comes from the Trainer
             raise UserError(f"{command} needs validation rows; set val_source or val_size.")
+        if self._encoder is None:
+            self._encoder = ConversationEncoder(self._tokenizer(), stop_token=self.stop_token, chat=self.chat)
+        evaluates = stage in ("validate", "test", "predict")
+        if not self.train_examples and not (evaluates and self.val_examples):
+            self._read(with_train=not evaluates)
 
     def train_dataloader(self) -> BatchStream[Example, Batch]:
         """Return a new resumable stream over the training rows, from its beginning."""
@@ -158,7 +185,7 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
         return BatchStream(
             self.train_examples,
             self.batch_size,
-            self.collate,
+            self.collate_for_training,
             seed=run_seed(),
             rank=rank,
             world_size=world_size,
@@ -167,7 +194,11 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
 
     def val_dataloader(self) -> EvalBatches[Example, Batch] | list[Batch]:
         """Return the validation rows, each once; nothing where there are none."""
-        return self._eval_batches(self.val_examples) if self.val_examples else []
+        if self.val_examples:
+            return self._eval_batches(self.val_examples)
+        # Lightning asks whether an empty list is meant: it is.
+        warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero")
+        return []
 
     def test_dataloader(self) -> EvalBatches[Example, Batch] | list[Batch]:
         """Return the validation rows."""
@@ -177,10 +208,11 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
         """Return the validation rows, or all rows of the source where there are none."""
         return self._eval_batches(self.val_examples or self.train_examples)
 
-    def _read(self) -> None:
+    def _read(self, *, with_train: bool) -> None:
         self.counts.clear()
-        train = self._parsed("train", self.source, self.split, self.limit)
-        if self.val_source or self.val_split:
+        has_own_val = bool(self.val_source or self.val_split)
+        train = [] if has_own_val and not with_train else self._parsed("train", self.source, self.split, self.limit)
+        if has_own_val:
             val_source = self.val_source or self.source
             val = self._parsed("val", val_source, self.val_split or self.split, None)
             seen = {prompt_key(entry.prompt) for entry in train}
@@ -188,9 +220,10 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
         else:
             val_source = self.source
             train, val = split_by_prompt(train, self.val_size)
-        if val or self.val_source or self.val_split:
+        if val or has_own_val:
             self.val_examples = self._encoded("val", val_source, val)
-        self.train_examples = self._encoded("train", self.source, train)
+        if with_train or not self.val_examples:
+            self.train_examples = self._encoded("train", self.source, train)
 
     def _eval_batches(self, examples: Sequence[Example]) -> EvalBatches[Example, Batch]:
         rank, world_size = self._place()

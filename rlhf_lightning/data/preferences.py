@@ -1,15 +1,27 @@
 """Preference pairs for reward models and direct preference optimisation."""
 
+import math
 from collections import Counter
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-from rlhf_lightning.data.base import RowsDataModule
-from rlhf_lightning.data.collate import PairBatch, PairExample, collate_pairs, compact
-from rlhf_lightning.data.lengths import check_lengths, cut_prompt, cut_responses
-from rlhf_lightning.data.shapes import Pair, parse_pair
+from rlhf_lightning.data.collate import MarginPairExample, PairBatch, PairExample, collate_pairs, compact
+from rlhf_lightning.data.lengths import cut_prompt, cut_responses
+from rlhf_lightning.data.responses import ResponsesDataModule
+from rlhf_lightning.data.shapes import Prompt, parse_pair
+from rlhf_lightning.errors import UserError, did_you_mean
 
 
-class PreferenceDataModule(RowsDataModule[Pair, PairExample, PairBatch]):
+class PreferencePair(NamedTuple):
+    """Two responses to one prompt, of which the first was preferred, and by how much, where the data says so."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    margin: float | None = None
+
+
+class PreferenceDataModule(ResponsesDataModule[PreferencePair, PairExample | MarginPairExample, PairBatch]):
     """Pairs of a chosen and a rejected response, in any shape that :mod:`rlhf_lightning.data.shapes` knows.
 
     Batches are :class:`~rlhf_lightning.data.collate.PairBatch`. An empty response is kept, as one that says nothing can
@@ -20,21 +32,10 @@ class PreferenceDataModule(RowsDataModule[Pair, PairExample, PairBatch]):
             a hub name (``owner/name`` or ``owner/name:config``).
         val_source: Validation rows, named likewise.
         val_size: Rows to take off the source for validation instead, by prompt, so that training shares none with them.
-        batch_size: Pairs per optimizer step over all processes together; more makes steps steadier and dearer.
-        val_batch_size: Pairs per validation step over all processes together; ``None`` takes ``batch_size``.
-        max_length: Tokens of prompt and response together.
-        max_prompt_length: Tokens of the prompt; a longer one loses its beginning.
-        overlong: What to do with a pair of which a response does not fit: ``drop`` it, or ``truncate`` the response's
-            end.
-        chat: Apply the tokenizer's chat template; false takes prompts and responses as plain text.
-        stop_token: Token that ends a response; ``None`` takes the tokenizer's EOS token.
-        tokenizer: Model folder or hub name to take the tokenizer from; ``None`` takes that of the module in training.
-        split: Split of a hub data set.
-        val_split: Split of a hub data set for validation.
-        limit: Rows of the source to use, the first ones; ``None`` uses all.
-        shuffle: Draw training pairs in a random order that follows from the run's seed.
-        bad_rows: What to do with a row that cannot be read: stop with an ``error`` that names it, or ``drop`` and count
-            it.
+        margin_column: Column that says how much better the chosen response is, a number of at least 0 in units of the
+            score, for the margin in the loss of ``RewardModule``; no other module looks at it. ``None`` is off.
+        **rows: Lengths, batch sizes, tokenizer and so on: the arguments of
+            :class:`~rlhf_lightning.data.responses.ResponsesDataModule`.
 
     Raises:
         UserError: If numbers do not go together; from ``setup`` if the data cannot be used.
@@ -47,57 +48,61 @@ class PreferenceDataModule(RowsDataModule[Pair, PairExample, PairBatch]):
         source: str,
         val_source: str | None = None,
         val_size: int = 0,
-        batch_size: int = 8,
-        val_batch_size: int | None = None,
-        max_length: int = 512,
-        max_prompt_length: int = 256,
-        overlong: Literal["truncate", "drop"] = "drop",
-        chat: bool = True,
-        stop_token: str | None = None,
-        tokenizer: str | None = None,
-        split: str = "train",
-        val_split: str | None = None,
-        limit: int | None = None,
-        shuffle: bool = True,
-        bad_rows: Literal["error", "drop"] = "error",
+        *,
+        margin_column: str | None = None,
+        **rows: Any,
     ) -> None:
-        super().__init__(
-            source=source,
-            val_source=val_source,
-            val_size=val_size,
-            batch_size=batch_size,
-            val_batch_size=batch_size if val_batch_size is None else val_batch_size,
-            chat=chat,
-            stop_token=stop_token,
-            tokenizer=tokenizer,
-            split=split,
-            val_split=val_split,
-            limit=limit,
-            shuffle=shuffle,
-            bad_rows=bad_rows,
-        )
-        self.save_hyperparameters(logger=False)
-        check_lengths(max_length, max_prompt_length)
-        self.max_length = max_length
-        self.max_prompt_length = max_prompt_length
-        self.overlong = overlong
+        super().__init__(source, val_source, val_size, **rows)
+        self.margin_column = margin_column
 
-    def parse(self, row: dict[str, Any]) -> list[Pair]:
+    def parse(self, row: dict[str, Any]) -> list[PreferencePair]:
         """Return the pair that a row holds."""
-        return [parse_pair(row, chat=self.chat)]
+        margin = None if self.margin_column is None else read_margin(row, self.margin_column)
+        return [PreferencePair(*parse_pair(row, chat=self.chat), margin)]
 
-    def encode(self, item: Pair, counts: Counter[str]) -> PairExample | None:
+    def encode(self, item: PreferencePair, counts: Counter[str]) -> PairExample | MarginPairExample | None:
         """Return the ids of a pair, or ``None`` where a response does not fit and pairs are to be dropped."""
         prompt_ids, chosen_ids = self.encoder.encode(item.prompt, item.chosen)
         _, rejected_ids = self.encoder.encode(item.prompt, item.rejected)
-        counts["empty_responses"] += sum(not text.strip() for text in item[1:])
+        counts["empty_responses"] += sum(not text.strip() for text in (item.chosen, item.rejected))
         counts["ties"] += chosen_ids == rejected_ids
         prompt_ids = cut_prompt(self.encoder, prompt_ids, self.max_prompt_length, counts)
         responses = cut_responses(
             prompt_ids, [chosen_ids, rejected_ids], max_length=self.max_length, overlong=self.overlong, counts=counts
         )
-        return None if responses is None else PairExample(compact(prompt_ids), *map(compact, responses))
+        if responses is None:
+            return None
+        pair = PairExample(compact(prompt_ids), *map(compact, responses))
+        return pair if item.margin is None else MarginPairExample(*pair, item.margin)
 
-    def collate(self, examples: list[PairExample]) -> PairBatch:
+    def collate(self, examples: list[PairExample | MarginPairExample]) -> PairBatch:
         """Return a batch of these pairs."""
         return collate_pairs(examples, self.encoder.pad_id)
+
+
+def read_margin(row: Mapping[str, Any], column: str) -> float:
+    """Read out of a row how much better the chosen response is.
+
+    Args:
+        row: One row of a data set.
+        column: Where it stands, as a number or, in a ``.csv``, its text.
+
+    Raises:
+        UserError: If there is none, or it is no finite number of at least 0.
+
+    Example:
+        >>> read_margin({"margin": "1.5"}, "margin")
+        1.5
+    """
+    if column not in row:
+        found = ", ".join(map(repr, row)) or "nothing"
+        raise UserError(f"no margin column {column!r}; found {found}.{did_you_mean(column, row)}")
+    try:
+        margin = math.nan if row[column] is None else float(row[column])
+    except (TypeError, ValueError):
+        margin = math.nan
+    if not 0 <= margin < math.inf:
+        raise UserError(
+            f"{column} is {row[column]!r}; expected a finite number of at least 0 by which the chosen one is better."
+        )
+    return margin

@@ -1,7 +1,7 @@
 """Prompts for a policy to answer: those of PPO's rollouts."""
 
 from collections import Counter
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from rlhf_lightning.data.base import RowsDataModule
 from rlhf_lightning.data.collate import PromptBatch, PromptExample, collate_prompts, compact
@@ -28,19 +28,14 @@ class PromptDataModule(RowsDataModule[PromptItem, PromptExample, PromptBatch]):
             a hub name (``owner/name`` or ``owner/name:config``).
         val_source: Validation rows, named likewise.
         val_size: Rows to take off the source for validation instead, by prompt, so that training shares none with them.
-        rollout_batch_size: Prompts per PPO iteration over all processes together, each answered once; more makes an
-            iteration's estimates steadier and dearer.
+        rollout_batch_size: Responses per PPO iteration over all processes together; more makes an iteration's
+            estimates steadier and dearer.
+        responses_per_prompt: Responses to each training prompt, which a rollout holds together; 1 answers each once,
+            ``LeaveOneOut`` and ``GroupRelative`` need at least 2. Divides ``rollout_batch_size``.
         val_batch_size: Prompts per validation step over all processes together; ``None`` takes ``rollout_batch_size``.
         max_prompt_length: Tokens of the prompt; a longer one loses its beginning.
         text_words: How many words rows with nothing but ``text`` give as their prompt; ``None`` refuses such rows.
-        chat: Apply the tokenizer's chat template; false takes prompts as plain text.
-        tokenizer: Model folder or hub name to take the tokenizer from; ``None`` takes that of the module in training.
-        split: Split of a hub data set.
-        val_split: Split of a hub data set for validation.
-        limit: Rows of the source to use, the first ones; ``None`` uses all.
-        shuffle: Draw training prompts in a random order that follows from the run's seed.
-        bad_rows: What to do with a row that cannot be read: stop with an ``error`` that names it, or ``drop`` and count
-            it.
+        **rows: Tokenizer, splits and so on: the arguments of :class:`~rlhf_lightning.data.base.RowsDataModule`.
 
     Raises:
         UserError: If a number is out of range; from ``setup`` if the data cannot be used.
@@ -54,42 +49,37 @@ class PromptDataModule(RowsDataModule[PromptItem, PromptExample, PromptBatch]):
         val_source: str | None = None,
         val_size: int = 0,
         rollout_batch_size: int = 16,
+        responses_per_prompt: int = 1,
         val_batch_size: int | None = None,
         max_prompt_length: int = 256,
         text_words: int | None = None,
-        chat: bool = True,
-        tokenizer: str | None = None,
-        split: str = "train",
-        val_split: str | None = None,
-        limit: int | None = None,
-        shuffle: bool = True,
-        bad_rows: Literal["error", "drop"] = "error",
+        **rows: Any,
     ) -> None:
         for name, number in {
             "rollout_batch_size": rollout_batch_size,
+            "responses_per_prompt": responses_per_prompt,
             "max_prompt_length": max_prompt_length,
             "text_words": text_words,
         }.items():
             if number is not None and number < 1:
                 raise UserError(f"{name} is {number}; expected at least 1.")
+        if rollout_batch_size % responses_per_prompt:
+            raise UserError(
+                f"rollout_batch_size {rollout_batch_size} is not divisible by responses_per_prompt "
+                f"{responses_per_prompt}; it counts responses, so make it a multiple."
+            )
         super().__init__(
-            source=source,
-            val_source=val_source,
-            val_size=val_size,
-            batch_size=rollout_batch_size,
+            source,
+            val_source,
+            val_size,
+            batch_size=rollout_batch_size // responses_per_prompt,
             val_batch_size=rollout_batch_size if val_batch_size is None else val_batch_size,
-            chat=chat,
             stop_token=None,
-            tokenizer=tokenizer,
-            split=split,
-            val_split=val_split,
-            limit=limit,
-            shuffle=shuffle,
-            bad_rows=bad_rows,
+            **rows,
         )
         self.save_hyperparameters(logger=False)
         self.rollout_batch_size, self.max_prompt_length = rollout_batch_size, max_prompt_length
-        self.text_words = text_words
+        self.text_words, self.responses_per_prompt = text_words, responses_per_prompt
 
     def parse(self, row: dict[str, Any]) -> list[PromptItem]:
         """Return the prompt that a row holds."""
@@ -104,3 +94,7 @@ class PromptDataModule(RowsDataModule[PromptItem, PromptExample, PromptBatch]):
     def collate(self, examples: list[PromptExample]) -> PromptBatch:
         """Return a batch of these prompts."""
         return collate_prompts(examples, self.encoder.pad_id)
+
+    def collate_for_training(self, examples: list[PromptExample]) -> PromptBatch:
+        """Return a batch of these prompts, each as often as it is to be answered."""
+        return collate_prompts(examples, self.encoder.pad_id, responses_per_prompt=self.responses_per_prompt)

@@ -64,6 +64,21 @@ def test_rows_of_another_file_are_kept_apart_and_overlap_is_counted(tmp_path: Pa
     }
 
 
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_training_rows_are_read_only_for_training(tmp_path: Path, stage: str) -> None:
+    source, val = write(tmp_path, PAIRS), write(tmp_path, PAIRS[:3], "val.jsonl")
+    data = pairs(source, stage, val_source=val)
+    assert (len(data.train_examples), len(data.val_examples)) == (0, 3)
+    assert "train_rows" not in data.counts
+    data.setup("fit")
+    assert (len(data.train_examples), len(data.val_examples)) == (20, 3)
+    assert data.counts["val_prompts_in_training"] == 3
+    both = pairs(source, stage, val_size=6)  # one file: the same rows are taken off it, the others are not tokenised
+    assert (len(both.train_examples), len(both.val_examples)) == (0, 6)
+    again = pairs(source, val_size=6)
+    assert [tuple(e.chosen_ids) for e in both.val_examples] == [tuple(e.chosen_ids) for e in again.val_examples]
+
+
 def test_without_validation_rows_fit_runs_and_validate_says_what_is_missing(tmp_path: Path) -> None:
     data = pairs(write(tmp_path, PAIRS))
     assert data.val_dataloader() == []

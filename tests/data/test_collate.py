@@ -5,7 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_lightning.data.collate import collate_pairs, collate_prompts, collate_sequences, compact
+from rlhf_lightning.data.collate import (
+    MarginPairExample,
+    PairExample,
+    collate_labelled,
+    collate_pairs,
+    collate_prompts,
+    collate_sequences,
+    compact,
+)
 
 ids = st.lists(st.integers(0, 9), min_size=1, max_size=6)
 
@@ -19,10 +27,28 @@ def test_masks_know_the_pad_token_inside_a_row_from_padding() -> None:
 
 
 def test_both_sides_of_a_pair_follow_the_same_prompt() -> None:
-    chosen, rejected = collate_pairs([([1], [5, 2], [6, 7, 2]), ([1, 3], [2], [8, 2])], pad_id=0)
+    pairs = [PairExample([1], [5, 2], [6, 7, 2]), PairExample([1, 3], [2], [8, 2])]
+    chosen, rejected, margins = collate_pairs(pairs, pad_id=0)
+    assert margins is None
     assert chosen.input_ids.tolist() == [[1, 5, 2], [1, 3, 2]]
     assert rejected.input_ids.tolist() == [[1, 6, 7, 2], [1, 3, 8, 2]]
     assert chosen.prompt_lengths.tolist() == rejected.prompt_lengths.tolist() == [1, 2]
+
+
+def test_margins_stand_beside_their_pairs() -> None:
+    examples = [MarginPairExample([1], [5, 2], [6, 7, 2], 0.5), MarginPairExample([1, 3], [2], [8, 2], 3)]
+    margins = collate_pairs(examples, pad_id=0).margins
+    assert margins is not None
+    assert margins.tolist() == [0.5, 3]
+    assert margins.dtype == torch.float32
+    assert examples[0].sequences == [([1], [5, 2]), ([1], [6, 7, 2])]
+
+
+def test_labels_stand_beside_their_sequences() -> None:
+    sequences, labels = collate_labelled([([1], [5, 2], 0.5), ([1, 3], [2], -2)], pad_id=0)
+    assert sequences.input_ids.tolist() == [[1, 5, 2], [1, 3, 2]]
+    assert labels.tolist() == [0.5, -2.0]
+    assert labels.dtype == torch.float32
 
 
 def test_prompts_end_where_the_response_begins() -> None:

@@ -33,7 +33,9 @@ def rows(tmp_path: Path) -> Path:
 
 def test_ids_are_those_of_the_encoder(rows: Path, demo_tokenizer: PreTrainedTokenizerBase) -> None:
     encoder = ConversationEncoder(demo_tokenizer)
-    first, second = pairs(rows, shuffle=False, batch_size=2).train_dataloader().collate(pairs(rows).train_examples[:2])
+    first, second, _ = (
+        pairs(rows, shuffle=False, batch_size=2).train_dataloader().collate(pairs(rows).train_examples[:2])
+    )
     prompt_ids, yes = encoder.encode("Hi", "yes")
     no = encoder.encode("Hi", "no")[1]
     assert first.input_ids[0][first.attention_mask[0]].tolist() == prompt_ids + yes
@@ -108,3 +110,26 @@ def test_real_pairs_of_other_shapes_load(shared_data: Path, name: str, kept: int
     assert data.counts["train_kept"] == kept
     with pytest.raises(UserError, match=r"row 1: the row is unpaired"):
         pairs(shared_data / "preference_demos" / "kto_en_demo.jsonl.gz", tokenizer=tokenizer)
+
+
+class TestMargins:
+    def margins(self, tmp_path: Path, values: list[Any], **settings: Any) -> list[float]:
+        (tmp_path / "rated.json").write_text(
+            json.dumps([{"prompt": "Hi", "chosen": "yes", "rejected": "no", "gap": value} for value in values])
+        )
+        data = pairs(tmp_path / "rated.json", **{"margin_column": "gap", "batch_size": 8, "shuffle": False, **settings})
+        margins = data.collate(data.train_examples).margins
+        return [] if margins is None else margins.tolist()
+
+    def test_margin_column_changes_what_batches_hold(self, tmp_path: Path) -> None:
+        assert self.margins(tmp_path, [1, 0.5, "2.5", 0]) == [1, 0.5, 2.5, 0]
+        assert self.margins(tmp_path, [1, 0.5], margin_column=None) == []
+
+    @pytest.mark.parametrize("value", [None, "much", -1, float("inf"), [1]])
+    def test_what_is_no_margin_is_named(self, tmp_path: Path, value: Any) -> None:
+        with pytest.raises(UserError, match=r"row 2: gap is .*; expected a finite number of at least 0"):
+            self.margins(tmp_path, [1, value])
+
+    def test_a_column_that_is_not_there(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"no margin column 'gab'; found .*'gap'\. Did you mean 'gap'\?"):
+            self.margins(tmp_path, [1], margin_column="gab")

@@ -137,3 +137,20 @@ def test_real_stories_begin_a_prompt(shared_data: Path, stories_tokenizer: PreTr
     assert list(example.prompt_ids) == stories_tokenizer("Once upon a time,")["input_ids"]
     assert example.prompt == "Once upon a time,"
     assert example.row["text"].startswith("Once upon a time, there was an ancient rose.")
+
+
+def test_responses_per_prompt_repeats_training_prompts_in_runs(tmp_path: Path) -> None:
+    source = write(tmp_path, [{"prompt": f"Hi {n}"} for n in range(6)])
+    data = prompts(source, val_size=2, rollout_batch_size=4, responses_per_prompt=2, shuffle=False, chat=False)
+    first, second = data.train_dataloader()
+    for batch in (first, second):
+        kept = [row["prompt"] for row in batch.rows]
+        assert batch.prompts == kept
+        assert [kept.index(text) for text in kept] == [0, 0, 2, 2]
+        assert torch.equal(batch.input_ids[0::2], batch.input_ids[1::2])
+        assert batch.group_size == 2
+    assert not set(first.prompts) & set(second.prompts)
+    (held_out,) = data.val_dataloader()
+    assert (len(held_out.rows), held_out.group_size) == (2, 1)  # held-out prompts are answered once
+    with pytest.raises(UserError, match="rollout_batch_size 4 is not divisible by responses_per_prompt 3"):
+        prompts(source, rollout_batch_size=4, responses_per_prompt=3)
