@@ -4,34 +4,87 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhf_lightning.algorithm.advantages import GAE
-    from rlhf_lightning.algorithm.critics import SeparateCritic
+    from rlhf_lightning.algorithm.advantages import GAE, AdvantageEstimator, GlobalBaseline, GroupRelative, LeaveOneOut
+    from rlhf_lightning.algorithm.critics import Critic, SeparateCritic, TrunkCritic
     from rlhf_lightning.algorithm.kl import AdaptiveKL, FixedKL
-    from rlhf_lightning.algorithm.objectives import ClippedObjective, ClippedValueObjective
+    from rlhf_lightning.algorithm.objectives import (
+        ClippedObjective,
+        ClippedValueObjective,
+        FixedLength,
+        SequenceMean,
+        TokenMean,
+    )
+    from rlhf_lightning.algorithm.preference_losses import (
+        HingeLoss,
+        IPOLoss,
+        PreferenceLoss,
+        RobustLoss,
+        SigmoidLoss,
+    )
+    from rlhf_lightning.algorithm.score_transforms import (
+        MissingEOSPenalty,
+        MissingEOSScore,
+        RunningNormalization,
+        ScoreClip,
+        ScoreTransform,
+    )
     from rlhf_lightning.data.preferences import PreferenceDataModule
     from rlhf_lightning.data.prompts import PromptDataModule
     from rlhf_lightning.data.text import DemonstrationDataModule
+    from rlhf_lightning.data.unpaired import UnpairedDataModule
+    from rlhf_lightning.modules.dpo import DPOModule
+    from rlhf_lightning.modules.kto import KTOModule
     from rlhf_lightning.modules.ppo import PPOModule
+    from rlhf_lightning.modules.rating import RatingModule
     from rlhf_lightning.modules.reward import RewardModule
     from rlhf_lightning.modules.sft import SFTModule
     from rlhf_lightning.rollout.decoding import CachedSampler, TransformersSampler
-    from rlhf_lightning.rollout.reward_sources import FunctionReward, RewardModel, RewardSource, WeightedSum
+    from rlhf_lightning.rollout.reward_sources import (
+        FunctionReward,
+        RewardModel,
+        RewardSource,
+        TokenFunctionReward,
+        WeightedSum,
+    )
     from rlhf_lightning.rollout.sampler import SamplingConfig
 
 __version__ = "0.1.0"
 
 # Imported when first asked for: `import rlhf_lightning` itself must not wait for torch.
 _HOMES = {
+    "AdvantageEstimator": "algorithm.advantages",
     "GAE": "algorithm.advantages",
+    "GlobalBaseline": "algorithm.advantages",
+    "GroupRelative": "algorithm.advantages",
+    "LeaveOneOut": "algorithm.advantages",
+    "Critic": "algorithm.critics",
     "SeparateCritic": "algorithm.critics",
+    "TrunkCritic": "algorithm.critics",
     "AdaptiveKL": "algorithm.kl",
     "FixedKL": "algorithm.kl",
     "ClippedObjective": "algorithm.objectives",
     "ClippedValueObjective": "algorithm.objectives",
+    "FixedLength": "algorithm.objectives",
+    "SequenceMean": "algorithm.objectives",
+    "TokenMean": "algorithm.objectives",
+    "HingeLoss": "algorithm.preference_losses",
+    "IPOLoss": "algorithm.preference_losses",
+    "PreferenceLoss": "algorithm.preference_losses",
+    "RobustLoss": "algorithm.preference_losses",
+    "SigmoidLoss": "algorithm.preference_losses",
+    "MissingEOSPenalty": "algorithm.score_transforms",
+    "MissingEOSScore": "algorithm.score_transforms",
+    "RunningNormalization": "algorithm.score_transforms",
+    "ScoreClip": "algorithm.score_transforms",
+    "ScoreTransform": "algorithm.score_transforms",
     "PreferenceDataModule": "data.preferences",
     "PromptDataModule": "data.prompts",
     "DemonstrationDataModule": "data.text",
+    "UnpairedDataModule": "data.unpaired",
+    "DPOModule": "modules.dpo",
+    "KTOModule": "modules.kto",
     "PPOModule": "modules.ppo",
+    "RatingModule": "modules.rating",
     "RewardModule": "modules.reward",
     "SFTModule": "modules.sft",
     "CachedSampler": "rollout.decoding",
@@ -39,6 +92,7 @@ _HOMES = {
     "FunctionReward": "rollout.reward_sources",
     "RewardModel": "rollout.reward_sources",
     "RewardSource": "rollout.reward_sources",
+    "TokenFunctionReward": "rollout.reward_sources",
     "WeightedSum": "rollout.reward_sources",
     "SamplingConfig": "rollout.sampler",
 }
@@ -46,22 +100,46 @@ _HOMES = {
 __all__ = [
     "GAE",
     "AdaptiveKL",
+    "AdvantageEstimator",
     "CachedSampler",
     "ClippedObjective",
     "ClippedValueObjective",
+    "Critic",
+    "DPOModule",
     "DemonstrationDataModule",
     "FixedKL",
+    "FixedLength",
     "FunctionReward",
+    "GlobalBaseline",
+    "GroupRelative",
+    "HingeLoss",
+    "IPOLoss",
+    "KTOModule",
+    "LeaveOneOut",
+    "MissingEOSPenalty",
+    "MissingEOSScore",
     "PPOModule",
     "PreferenceDataModule",
+    "PreferenceLoss",
     "PromptDataModule",
+    "RatingModule",
     "RewardModel",
     "RewardModule",
     "RewardSource",
+    "RobustLoss",
+    "RunningNormalization",
     "SFTModule",
     "SamplingConfig",
+    "ScoreClip",
+    "ScoreTransform",
     "SeparateCritic",
+    "SequenceMean",
+    "SigmoidLoss",
+    "TokenFunctionReward",
+    "TokenMean",
     "TransformersSampler",
+    "TrunkCritic",
+    "UnpairedDataModule",
     "WeightedSum",
 ]
 

@@ -1,6 +1,5 @@
 """``fit``, ``validate``, ``test`` and ``predict``: LightningCLI on our modules, with a run folder and short errors."""
 
-import contextlib
 import importlib
 import logging
 import os
@@ -21,12 +20,15 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.modules.base import ModelModule
 from rlhf_lightning.run_folder import (
     SaveRunConfig,
+    StartedRun,
     as_list,
     claim_run_dir,
+    refuse_fewer_steps,
     refuse_second_run,
     resolve_checkpoint,
     run_callbacks,
     run_loggers,
+    run_of_checkpoint,
     set_aside_logs,
 )
 
@@ -71,6 +73,7 @@ class TrainerCLI(LightningCLI):
 
     def __init__(self, args: ArgsType, *, check_only: bool = False) -> None:
         self.check_only = check_only
+        self._started: StartedRun | None = None
         import_named_classes()
         super().__init__(
             ModelModule,
@@ -122,6 +125,7 @@ class TrainerCLI(LightningCLI):
         self.settings.ckpt_path = checkpoint
         if self.subcommand == "fit" and not self.settings.trainer.fast_dev_run:
             refuse_second_run(self.settings.run_dir, checkpoint)
+            refuse_fewer_steps(checkpoint, self.settings.trainer.max_steps)
 
     def instantiate_classes(self) -> None:
         """Build module, data and Trainer; what a constructor refuses is the user's to put right."""
@@ -149,8 +153,7 @@ class TrainerCLI(LightningCLI):
         try:
             return super().instantiate_trainer(**kwargs)
         except Exception as failure:
-            with contextlib.suppress(OSError, KeyError):
-                Path(kwargs["default_root_dir"]).rmdir()  # Only a folder that has stayed empty goes.
+            self._take_back()
             if isinstance(failure, ImportError):  # An accelerator or a plugin of a package that is not there.
                 raise UserError(f"trainer: {' '.join(str(failure).split())}") from failure
             raise
@@ -159,17 +162,37 @@ class TrainerCLI(LightningCLI):
         arguments = super()._prepare_subcommand_kwargs(subcommand)
         if arguments.get("weights_only", False) is None:
             arguments["weights_only"] = True  # All we write loads so; anything else may run code.
+        if arguments.get("return_predictions", False) is None:
+            arguments["return_predictions"] = False  # They go into a file as they come, and nobody waits for them here.
         return arguments
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; what the user has to put right before anything was done leaves no run folder behind."""
+        try:
+            super()._run_subcommand(subcommand)
+        except (UserError, MisconfigurationException, pickle.UnpicklingError):
+            self._take_back()
+            raise
+
     def _claim_folder(self, chosen_logger: Any) -> dict[str, Any]:
-        run_dir = claim_run_dir(self.settings.run_dir, _run_name(type(self.model).__name__, str(self.subcommand)))
+        command, checkpoint, given = str(self.subcommand), self.settings.ckpt_path, self.settings.run_dir
+        home = None if command == "fit" else run_of_checkpoint(checkpoint)
+        name = _run_name(type(self.model).__name__, command) if home is None else command
+        root = home or Path("runs")
+        self._started = StartedRun(Path(given or root))
+        run_dir = claim_run_dir(given, name, root=root)
         self.settings.run_dir = str(run_dir)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             logger.info("run folder: %s", run_dir)
-            if self.subcommand == "fit" and self.settings.ckpt_path is None:
+            if command == "fit" and checkpoint is None:
                 set_aside_logs(run_dir)
+        self._started.enter(run_dir)
         loggers = run_loggers(run_dir) if chosen_logger in (None, True) else chosen_logger
         return {"default_root_dir": str(run_dir), "logger": loggers}
+
+    def _take_back(self) -> None:
+        if self._started is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+            self._started.take_back()
 
 
 def _run_name(module: str, command: str) -> str:
@@ -228,7 +251,7 @@ def run_command(argv: list[str]) -> None:
 
 class _WithoutAdvertisements(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(("💡 Tip", "TPU available"))
+        return not record.getMessage().startswith(("💡 Tip", "TPU available", "Trainer already configured"))
 
 
 def _calm_third_parties() -> None:
@@ -240,5 +263,6 @@ def _calm_third_parties() -> None:
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*Found .* module\\(s\\) in eval mode.*",
         ".*Total length of `list` across ranks is zero.*",
+        ".*Couldn't infer the batch indices.*",
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -240,9 +240,13 @@ def _unknown_class(report: _Report) -> str | None:
         return None
     name = match["name"]
     if match.re not in (_NOT_IMPORTED, *_UNKNOWN_CLASS[:2]) or _is_class_of_ours(name):
+        if "." in name and name not in " ".join(_given(report.outer)):  # put there for arguments that came without one
+            return f"{report.key()} has arguments, but names no class: give --{report.key()} {classes[0]} too."
         return f"{report.key()}: {name} is not one of its classes. Known: {_listing(classes)}."
     close = nearest(name.rpartition(".")[2], classes)
     advice = f"Did you mean '{close}'?" if close else f"Known: {_listing(classes)}."
+    if ":" in name and "FunctionReward" in classes:  # the way in which a reward function is named
+        advice = f"For a function give --{report.key()} FunctionReward --{report.key('function')} {name}."
     reason = f" ({failed['reason']})" if failed else ""
     return f"{report.key()}: there is no class '{name}'{reason}. {advice}"
 

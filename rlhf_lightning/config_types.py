@@ -106,12 +106,10 @@ def _arguments_without_null(class_path: str) -> Iterator[tuple[str, Any]]:
     if not callable(cls):  # Not resolved, as it stands under a key that nobody knows; that is reported later.
         return
     try:
-        hints = typing.get_type_hints(cls if inspect.isfunction(cls) else cls.__init__)
-        parameters = inspect.signature(cls).parameters
-    except (NameError, TypeError, ValueError):  # Annotations of another package that only a type checker can read.
+        signatures = _signatures(cls)
+    except (AttributeError, NameError, TypeError, ValueError):  # What only a type checker can read, or no class.
         return
-    for name, parameter in parameters.items():
-        typehint = hints.get(name, Any)
+    for name, typehint, parameter in signatures:
         optional = parameter.default is not None and parameter.default is not parameter.empty
         if optional and not _takes_null(typehint):
             yield name, typehint
@@ -120,3 +118,16 @@ def _arguments_without_null(class_path: str) -> Iterator[tuple[str, Any]]:
 def _takes_null(typehint: Any) -> bool:
     parts = typing.get_args(typehint)
     return typehint in (None, type(None), Any, object) or any(map(_takes_null, parts))
+
+
+def _signatures(cls: Any) -> list[tuple[str, Any, inspect.Parameter]]:
+    """Return name, type and parameter of all that a class takes, by ``**kwargs`` also what its parents take."""
+    classes = [] if inspect.isfunction(cls) else [part for part in cls.__mro__ if "__init__" in vars(part)]
+    functions = [vars(part)["__init__"] for part in classes] or [cls]
+    found = []
+    for function in functions:
+        hints, parameters = typing.get_type_hints(function), inspect.signature(function).parameters
+        found += [(name, hints.get(name, Any), parameter) for name, parameter in parameters.items()]
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return found

@@ -33,6 +33,30 @@ def global_max(tensor: Tensor) -> Tensor:
     return torch.stack(parts).amax(dim=0)
 
 
+def gather_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows of all processes in the order in which they were dealt out, and the places of one's own there.
+
+    Dealt out means that the first rows of all processes come first, then their second rows, and so on: with this order
+    several processes see what one would see.
+
+    Args:
+        rows: Shape (rows, ...); the number of rows may differ between the processes, the rest may not.
+    """
+    if not is_distributed():
+        return rows, torch.arange(len(rows), device=rows.device)
+    own = torch.tensor(len(rows), device=rows.device)
+    counts = [torch.empty_like(own) for _ in range(world_size())]
+    torch.distributed.all_gather(counts, own)
+    size = int(torch.stack(counts).max())
+    padded = rows.new_zeros(size, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    torch.distributed.all_gather(parts, padded)
+    exists = torch.arange(size, device=rows.device)[:, None] < torch.stack(counts)  # (row, process)
+    places = exists.flatten().cumsum(0).view_as(exists) - 1
+    return torch.stack(parts, dim=1)[exists], places[: len(rows), torch.distributed.get_rank()]
+
+
 def global_mean_var(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance of what counts, over all processes, in float32.
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from rlhf_lightning.callbacks.predictions import next_free
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.export import check_is_checkpoint
 
@@ -27,6 +28,8 @@ logger = logging.getLogger("rlhf_lightning")
 CONFIG = "config.yaml"
 _SHARDED = (".metadata", "latest")  # what marks a folder as a checkpoint in parts: torch.distributed's, DeepSpeed's
 LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
+#: What a start writes by itself, before any work is done.
+_START_FILES = ("events.out.tfevents.*", "config*.yaml", "hparams.yaml", "metrics.jsonl", "samples.jsonl")
 _SHARED_CHOICE = "RLHF_LIGHTNING_RUN_DIR"
 
 
@@ -61,6 +64,42 @@ def claim_run_dir(run_dir: str | Path | None, name: str, *, root: str | Path = "
             break
     os.environ[_SHARED_CHOICE] = str(chosen)
     return chosen
+
+
+class StartedRun:
+    """What there was before a run, so that a start which fails before any work is done leaves no trace.
+
+    Args:
+        place: The run's folder, or the folder that it will lie in; it may not exist yet.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self._missing = [path for path in (place, *place.parents) if not path.exists()]
+        self._place = self._run_dir = place
+        self._before: dict[Path, int] = {}
+
+    def enter(self, run_dir: Path) -> None:
+        """Take note of what the run folder holds, before the run writes into it."""
+        self._run_dir = run_dir
+        self._before = self._files()
+
+    def take_back(self) -> None:
+        """Remove what the start has written, unless something of value was: logged numbers, samples, a checkpoint."""
+        now = self._files()
+        grown = [path for path, size in now.items() if size > self._before.get(path, 0)]
+        if any(path.suffix == ".ckpt" or path.suffix == ".jsonl" for path in grown):
+            return
+        for path in now.keys() - self._before.keys():
+            if any(path.match(pattern) for pattern in _START_FILES):
+                path.unlink()
+        own = [] if self._run_dir == self._place else [self._run_dir]
+        for path in own + self._missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()  # Only a folder that has stayed empty goes.
+
+    def _files(self) -> dict[Path, int]:
+        files = [*self._run_dir.glob("*"), *self._run_dir.glob("checkpoints/*")]
+        return {path: path.stat().st_size for path in files if path.is_file()}
 
 
 def started_as_one_of_many() -> bool:
@@ -119,6 +158,35 @@ def refuse_second_run(run_dir: str | Path | None, ckpt_path: str | None) -> None
         )
 
 
+def refuse_fewer_steps(checkpoint: str | None, max_steps: int) -> None:
+    """Refuse to take up a run that has already gone further than it is now told to go.
+
+    Raises:
+        UserError: If the checkpoint was written after more steps than ``max_steps``, which is -1 where there is no such
+            limit.
+    """
+    if checkpoint is None or max_steps < 0 or not Path(checkpoint).is_file():
+        return
+    with contextlib.suppress(pickle.UnpicklingError):
+        done = torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True).get("global_step", 0)
+        if done > max_steps:
+            raise UserError(
+                f"'{checkpoint}' was written after {done} steps, more than trainer.max_steps {max_steps}; set more "
+                "to go on from it."
+            )
+
+
+def run_of_checkpoint(checkpoint: str | None) -> Path | None:
+    """Return the run folder that a checkpoint lies in; ``None`` for one that lies elsewhere.
+
+    Example:
+        >>> run_of_checkpoint("runs/ppo-1/checkpoints/last.ckpt"), run_of_checkpoint("last.ckpt")
+        (PosixPath('runs/ppo-1'), None)
+    """
+    folder = Path(checkpoint).parent if checkpoint else Path()
+    return folder.parent if folder.name == LAST_CHECKPOINT.parent.name else None
+
+
 def set_aside_logs(run_dir: Path) -> None:
     """Move the logs of a run that left no checkpoint into ``earlier-<n>``, apart from those of a fresh start."""
     logs = [run_dir / "metrics.jsonl", run_dir / "samples.jsonl", *run_dir.glob("events.out.tfevents.*")]
@@ -147,17 +215,21 @@ def run_callbacks(command: str, settings: dict[str, Any]) -> list[Callback]:
     """Return the callbacks of a run that its user has not named himself.
 
     Args:
-        command: ``fit``, ``validate``, ``test`` or ``predict``; only ``fit`` keeps checkpoints and writes a model.
+        command: ``fit``, ``validate``, ``test`` or ``predict``; only ``fit`` keeps checkpoints and writes a model, only
+            ``predict`` writes predictions.
         settings: The arguments of the Trainer as the user gave them; what he switched off stays off.
     """
-    from rlhf_lightning.callbacks import ChartLayout, ExportModel, PhaseProgressBar, SampleTable
+    from rlhf_lightning import callbacks
 
     named = as_list(settings.get("callbacks"))
-    wanted: list[type[Callback]] = []
+    wanted: list[type[Callback]] = [callbacks.UnfinishedWarning]
+    if settings.get("enable_model_summary") is not False and not any(isinstance(c, ModelSummary) for c in named):
+        wanted.append(callbacks.ModelLine)
     if settings.get("enable_progress_bar") is not False:
-        wanted.append(PhaseProgressBar)
+        wanted.append(callbacks.PhaseProgressBar)
     if not settings.get("fast_dev_run"):
-        wanted += [SampleTable, ChartLayout] + ([ExportModel] if command == "fit" else [])
+        wanted += [callbacks.SampleTable, callbacks.ChartLayout] + ([callbacks.ExportModel] if command == "fit" else [])
+        wanted += [callbacks.PredictionFile] if command == "predict" else []
     chosen = [cls() for cls in wanted if not any(isinstance(callback, cls) for callback in named)]
     keeps_last = any(isinstance(c, RunCheckpoint) or getattr(c, "save_last", None) for c in named)
     if command == "fit" and settings.get("enable_checkpointing") is not False and not keeps_last:
@@ -282,13 +354,6 @@ class SaveRunConfig(SaveConfigCallback):
         if path.exists():
             if path.read_text(encoding="utf-8") == text:
                 return
-            path.rename(_next_free(path))
+            path.rename(next_free(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-
-
-def _next_free(path: Path) -> Path:
-    number = 1
-    while (taken := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
-    return taken

@@ -33,21 +33,26 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 class WeightModule(ModelModule):
     """Minimises ``scale * weight²`` from ``weight = 1``: each step multiplies the weight by ``1 - 0.2 scale``."""
 
-    def __init__(self, scale: float = 1.0, fails: str = "", penalty: Penalty | None = None, size: int = 1) -> None:
+    def __init__(
+        self, scale: float = 1.0, fails: str = "", penalty: Penalty | None = None, size: int = 1, layer: bool = False
+    ) -> None:
         super().__init__("none", sgd, None)
+        self.has_layer = layer
         self.scale, self.fails, self.size = scale, fails, size
         self.save_hyperparameters(ignore=["penalty"])
 
     def configure_model(self) -> None:
         if not hasattr(self, "weight"):
             self.weight = nn.Parameter(torch.ones(self.size))
+            if self.has_layer:
+                self.layer = nn.Linear(2, 2)
 
     def setup(self, stage: str) -> None:
         if self.fails == "setup":
             raise UserError("the data has no column 'chosen'.\nAdd it.")
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        if self.fails == "step":
+        if self.fails == "step" or (self.fails == "third step" and batch_idx == 2):
             raise UserError("row 3 is too long.")
         if self.fails == "bug":
             raise RuntimeError("a bug")
@@ -253,7 +258,65 @@ def test_users_mistake_takes_one_line(arguments: list[str], line: str, capsys: p
 def test_settings_that_the_trainer_refuses_leave_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert fit("--trainer.strategy=nothing") == 2
     assert error_line(capsys).startswith("You selected an invalid strategy name: `strategy='nothing'`.")
-    assert list(Path("runs").iterdir()) == []
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["--model.fails=setup"], ["--model.fails=step"], ["--trainer.strategy=nothing"]])
+def test_a_start_that_fails_leaves_nothing_behind(arguments: list[str], tmp_path: Path) -> None:
+    assert fit(*arguments) == 2
+    assert fit(*arguments, "--run_dir=some/where") == 2
+    assert list(tmp_path.rglob("*")) == []
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("mine")
+    assert fit(*arguments, "--run_dir=mine") == 2
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["mine", "mine/notes.txt"]
+
+
+def test_a_failure_after_work_was_done_leaves_the_run() -> None:
+    assert fit("--run_dir=run", "--model.fails=third step") == 2
+    assert len(losses("run")) == 2
+    assert list(Path("run").glob("events.out.tfevents.*"))
+    assert Path("run/config.yaml").exists()
+
+
+def test_a_resumption_that_fails_leaves_the_earlier_run_as_it_was() -> None:
+    assert fit("--run_dir=run") == 0
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    arguments = ["--run_dir=run", "--ckpt_path=auto", "--trainer.max_epochs=2", "--model.size=2"]
+    assert fit(*arguments) == 2
+    after = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    assert {path for path in before if after.get(path) != before[path]} <= {Path("run/config.yaml")}
+    assert after.keys() - before.keys() <= {Path("run/config.1.yaml")}
+
+
+def test_a_run_is_not_taken_up_to_do_less_than_it_has_done(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit("--run_dir=run", "--trainer.max_steps=3") == 0
+    again = ["--run_dir=run", "--ckpt_path=auto"]
+    assert fit(*again, "--trainer.max_steps=2") == 2
+    assert error_line(capsys) == (
+        "'run/checkpoints/last.ckpt' was written after 3 steps, more than trainer.max_steps 2; set more to go on from "
+        "it."
+    )
+    assert fit(*again, "--trainer.max_steps=3") == 0  # as a run that was killed between its last step and its export
+    assert fit(*again, "--trainer.max_steps=4") == 0
+    assert len(losses("run")) == 4
+
+
+def test_what_is_evaluated_lies_within_the_run_that_it_came_from() -> None:
+    assert fit("--run_dir=run") == 0
+    for _ in range(2):
+        assert fit("--ckpt_path=run/checkpoints/last.ckpt", command="validate") == 0
+    assert losses("run/validate-2", "val/loss") == pytest.approx([0.64**4])
+    assert not Path("runs").exists()
+
+
+def test_start_and_end_take_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*BASE, "--trainer.enable_progress_bar=false", "--run_dir=run"]
+    assert main(["fit", *arguments, "--model.layer=true"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert "models: layer 6 parameters, trained" in said
+    assert "model written to run/model" in said
+    assert [line for line in said if "FLOPs" in line or "summary" in line] == []
 
 
 def test_bug_keeps_its_traceback() -> None:

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelSummary
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -181,9 +182,13 @@ def names_of(command: str, **settings: Any) -> list[str]:
 
 
 def test_callbacks_of_a_run_depend_on_what_is_run() -> None:
-    assert names_of("fit") == ["PhaseProgressBar", "SampleTable", "ChartLayout", "ExportModel", "RunCheckpoint"]
-    assert names_of("test") == ["PhaseProgressBar", "SampleTable", "ChartLayout"]
-    assert names_of("fit", fast_dev_run=True) == ["PhaseProgressBar", "RunCheckpoint"]
+    always = ["UnfinishedWarning", "ModelLine", "PhaseProgressBar"]
+    assert names_of("fit") == [*always, "SampleTable", "ChartLayout", "ExportModel", "RunCheckpoint"]
+    assert names_of("test") == [*always, "SampleTable", "ChartLayout"]
+    assert names_of("predict") == [*always, "SampleTable", "ChartLayout", "PredictionFile"]
+    assert names_of("fit", fast_dev_run=True) == [*always, "RunCheckpoint"]
+    assert "ModelLine" not in names_of("fit", enable_model_summary=False)
+    assert "ModelLine" not in names_of("fit", callbacks=[ModelSummary()])
     assert "RunCheckpoint" not in names_of("fit", enable_checkpointing=False)
     assert "RunCheckpoint" not in names_of("fit", callbacks=RunCheckpoint(every_n_steps=1))
     assert "PhaseProgressBar" not in names_of("fit", enable_progress_bar=False)

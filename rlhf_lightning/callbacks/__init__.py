@@ -1,8 +1,19 @@
-"""What happens beside training: progress, samples, charts and the exported model."""
+"""What happens beside training: progress, samples, charts, predictions and the exported model."""
 
 from rlhf_lightning.callbacks.charts import ChartLayout
 from rlhf_lightning.callbacks.export import ExportModel
+from rlhf_lightning.callbacks.predictions import PredictionFile
 from rlhf_lightning.callbacks.progress import PhaseProgressBar
 from rlhf_lightning.callbacks.samples import SampleTable
+from rlhf_lightning.callbacks.summary import ModelLine
+from rlhf_lightning.callbacks.unfinished import UnfinishedWarning
 
-__all__ = ["ChartLayout", "ExportModel", "PhaseProgressBar", "SampleTable"]
+__all__ = [
+    "ChartLayout",
+    "ExportModel",
+    "ModelLine",
+    "PhaseProgressBar",
+    "PredictionFile",
+    "SampleTable",
+    "UnfinishedWarning",
+]

@@ -29,6 +29,20 @@ CHARTS: dict[str, Charts] = {
         "margin, chosen minus rejected": ["train/margin", "val/margin_mean"],
         "spread of the margins": ["val/margin_q05", "val/margin_median", "val/margin_q95"],
     },
+    "DPOModule": {
+        "loss (down from 0.69)": ["train/loss", "val/loss"],
+        "accuracy (up from 0.5)": ["train/accuracy", "val/accuracy"],
+        "margin of the implied rewards": ["train/margin", "val/margin_mean"],
+        "implied rewards of both sides": ["train/reward_chosen", "train/reward_rejected"],
+        "log-probability of the chosen side, nats (falling far: too much)": ["train/logprob_chosen"],
+    },
+    "KTOModule": {
+        "loss (down from half the weight)": ["train/loss", "val/loss"],
+        "implied rewards by label": ["train/reward_desirable", "train/reward_undesirable"],
+        "margin of the implied rewards": ["val/margin"],
+        "reference point, nats a response": ["train/kl", "val/kl"],
+        "log-probability of good responses, nats": ["train/logprob_desirable"],
+    },
     "SFTModule": {
         "loss, nats a token (down)": ["train/loss", "val/loss"],
         "perplexity a token": ["val/perplexity"],
@@ -39,6 +53,8 @@ CHARTS: dict[str, Charts] = {
 RESULTS: dict[str, list[str]] = {
     "PPOModule": ["rollout/score", "rollout/kl", "val/score"],
     "RewardModule": ["val/accuracy", "val/loss"],
+    "DPOModule": ["val/accuracy", "val/margin_mean", "val/loss"],
+    "KTOModule": ["val/margin", "val/loss"],
     "SFTModule": ["val/loss", "val/perplexity"],
 }
 
@@ -84,7 +100,7 @@ class ChartLayout(pl.Callback):
 
     Args:
         charts: Title of each chart, and the logged names that share its axes; ``None`` takes the ones made for
-            :class:`SFTModule`, :class:`RewardModule` or :class:`PPOModule` (and what inherits from them).
+            the module's class, or for the one that it inherits from.
         results: Logged names to be shown beside the hyperparameters; ``None`` takes the ones made for the module.
     """
 

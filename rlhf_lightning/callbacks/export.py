@@ -1,5 +1,6 @@
 """The trained model as a folder that is whole or not there."""
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 
 from rlhf_lightning.errors import UserError
+
+logger = logging.getLogger("rlhf_lightning")
 
 
 class ExportModel(pl.Callback):
@@ -49,6 +52,7 @@ class ExportModel(pl.Callback):
         module: Any = pl_module
         module.export_model(unfinished)
         replace_folder(unfinished, target)
+        logger.info("model written to %s", target)
 
     def _target(self, trainer: pl.Trainer) -> Path:
         return Path(trainer.default_root_dir) / self.directory

@@ -1,8 +1,10 @@
 """What the modules share: a tokenizer, plain Hugging Face folders out, checkpoints that need no other file."""
 
 import hashlib
+import re
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from lightning import LightningModule
@@ -12,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.models.export import CHECKPOINT_KEY, pack_model, write_model_folder
 from rlhf_lightning.models.loading import load_config, load_tokenizer
 from rlhf_lightning.modules.data_checks import check_data
@@ -56,9 +59,30 @@ class ModelModule(LightningModule):
         """Return the config of the model that is to be trained, without loading its weights."""
         return load_config(self.model_name)
 
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Self:
+        """Make a module with the weights of a checkpoint, as Lightning does; objects are to be given again.
+
+        Raises:
+            UserError: If an argument is missing that checkpoints do not hold, such as the reward of a PPOModule.
+        """
+        try:
+            return super().load_from_checkpoint(*args, **kwargs)
+        except TypeError as refusal:
+            missing = re.findall(r"'(\w+)'", str(refusal)) if "required positional argument" in str(refusal) else []
+            if not missing:
+                raise
+            raise UserError(
+                f"{cls.__name__}.load_from_checkpoint: a checkpoint does not hold {' and '.join(missing)}; give it "
+                f"again: load_from_checkpoint(path, {', '.join(f'{name}=...' for name in missing)})."
+            ) from refusal
+
     def setup(self, stage: str) -> None:
         """Refuse data that this module cannot read, before its weights are loaded."""
         check_data(self, getattr(self.trainer, "datamodule", None))
+        if type(self).frozen_modules is not ModelModule.frozen_modules:
+            # Lightning asks whether modules in eval mode are meant to be so: these are.
+            warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode")
 
     def frozen_modules(self) -> dict[str, nn.Module]:
         """Return the sub-modules that are never trained, by attribute name; they stay out of checkpoints."""
@@ -72,6 +96,15 @@ class ModelModule(LightningModule):
         """
         self.configure_model()
         write_model_folder(directory, self.exported_model, self.tokenizer)
+
+    def texts(self, batch: SequenceBatch) -> tuple[list[str], list[str]]:
+        """Return prompt and response of each row as the model reads them, special tokens included."""
+        prompts, responses = [], []
+        rows = zip(batch.input_ids.tolist(), batch.prompt_lengths.tolist(), batch.lengths.tolist(), strict=True)
+        for ids, prompt_length, length in rows:
+            prompts.append(str(self.tokenizer.decode(ids[:prompt_length])))
+            responses.append(str(self.tokenizer.decode(ids[prompt_length:length])))
+        return prompts, responses
 
     def train(self, mode: bool = True) -> "ModelModule":
         """Set the mode; frozen models stay in eval mode."""

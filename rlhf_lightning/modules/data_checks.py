@@ -1,6 +1,6 @@
 """What a module checks of its data before weights are loaded."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.data.base import RowsDataModule
 from rlhf_lightning.errors import UserError
@@ -23,7 +23,7 @@ def check_data(module: "ModelModule", data: object) -> None:
     if not isinstance(data, RowsDataModule):
         return
     if data.batch_type is not module.batch_type:
-        fitting = [kind.__name__ for kind in RowsDataModule.__subclasses__() if kind.batch_type is module.batch_type]
+        fitting = [kind.__name__ for kind in _kinds() if getattr(kind, "batch_type", None) is module.batch_type]
         raise UserError(
             f"{type(module).__name__} cannot read the batches of {type(data).__name__}; set data to "
             f"{' or '.join(fitting)}."
@@ -41,3 +41,8 @@ def check_data(module: "ModelModule", data: object) -> None:
             f"the data has token {data.encoder.tokenizer.convert_ids_to_tokens(largest_id)!r} (id {largest_id}), but "
             f"model {module.model_name!r} knows only {known}; its tokenizer belongs to another model."
         )
+
+
+def _kinds(of: type[RowsDataModule[Any, Any, Any]] = RowsDataModule) -> list[type[RowsDataModule[Any, Any, Any]]]:
+    """Return all subclasses, theirs included."""
+    return [kind for direct in of.__subclasses__() for kind in (direct, *_kinds(direct))]

@@ -9,7 +9,7 @@ from torch import Tensor
 from rlhf_lightning.distributed import global_max, global_mean_var, world_size
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.causal_lm import response_logprobs
-from rlhf_lightning.models.loading import context_length, foreign_token, load_tokenizer
+from rlhf_lightning.models.loading import context_length, refuse_foreign_tokens
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.rollout.collect import Rollout
 from rlhf_lightning.rollout.reward_sources import RewardModel, RewardSource
@@ -23,6 +23,19 @@ log = logging.getLogger("rlhf_lightning")
 #: How far the first ratio may be from 1, and the first KL from 0, by precision. In float32 the two passes differ by
 #: rounding alone; in bf16 one rounding of a logit near 10 is 0.03.
 RATIO_TOLERANCE = {"32-true": 1e-5, "bf16-mixed": 0.2}
+
+
+def check_numbers(ppo_epochs: int, minibatch_size: int, micro_batch_size: int, max_grad_norm: float | None) -> None:
+    """Refuse numbers out of range; they are the arguments of ``PPOModule``."""
+    for name, value in (
+        ("ppo_epochs", ppo_epochs),
+        ("minibatch_size", minibatch_size),
+        ("micro_batch_size", micro_batch_size),
+    ):
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1.")
+    if max_grad_norm is not None and max_grad_norm <= 0:
+        raise UserError(f"max_grad_norm is {max_grad_norm}; it must be above 0, or null for none.")
 
 
 def check_configuration(module: "PPOModule") -> None:
@@ -42,9 +55,11 @@ def check_configuration(module: "PPOModule") -> None:
     rollout_batch_size = getattr(data, "rollout_batch_size", None)
     if rollout_batch_size is not None:
         check_batch_sizes(rollout_batch_size, module.minibatch_size)
+        module.kl.check_sequences(rollout_batch_size)
     max_prompt_length = getattr(data, "max_prompt_length", None)
     if max_prompt_length is not None:
         check_lengths(module, max_prompt_length)
+    check_groups(module, getattr(data, "responses_per_prompt", None))
     check_tokenizers(module)
     for source in _reward_models(module.reward):
         check_scored_token(module, source)
@@ -61,17 +76,28 @@ def check_batch_sizes(rollout_batch_size: int, minibatch_size: int) -> None:
         raise UserError(f"minibatch_size {minibatch_size} is not divisible by the {world_size()} processes.")
 
 
+def check_groups(module: "PPOModule", responses_per_prompt: int | None) -> None:
+    """Refuse an estimator that compares the responses to a prompt where there is only one; ``None`` is not known."""
+    if module.advantages.needs_groups and responses_per_prompt is not None and responses_per_prompt < 2:
+        raise UserError(
+            f"{type(module.advantages).__name__} compares several responses to a prompt, but data.responses_per_prompt "
+            f"is {responses_per_prompt}; make it at least 2, such as 4."
+        )
+
+
 def check_lengths(module: "PPOModule", max_prompt_length: int) -> None:
     """Refuse prompts and responses that together are longer than a model that is to read them can."""
     models = [("the policy", module.policy.config), ("the reference", module.reference.config)]
-    models += [("the critic", part.model.config) for part in module.critic.modules() if isinstance(part, ScalarModel)]
+    critics = module.critic.modules() if module.critic is not None else ()
+    models += [("the critic", part.model.config) for part in critics if isinstance(part, ScalarModel)]
     models += [(f"reward model {m.path!r}", m.scalar.model.config) for m in _reward_models(module.reward)]
     for name, config in models:
         limit, wanted = context_length(config), max_prompt_length + module.sampling.max_new_tokens
         if limit is not None and wanted > limit:
             raise UserError(
-                f"max_prompt_length {max_prompt_length} + max_new_tokens {module.sampling.max_new_tokens} = {wanted} "
-                f"tokens, but {name} reads at most {limit}; lower one of them."
+                f"data.max_prompt_length {max_prompt_length} + model.sampling.max_new_tokens "
+                f"{module.sampling.max_new_tokens} = {wanted} tokens, but {name} reads at most {limit}; lower one of "
+                "them."
             )
 
 
@@ -79,17 +105,25 @@ def check_tokenizers(module: "PPOModule") -> None:
     """Refuse a reference or a critic of their own to which the policy's tokens mean something else."""
     names = {"reference": module.reference_name, "critic.init_from": getattr(module.critic, "init_from", None)}
     for key, name in names.items():
-        token = foreign_token(module.tokenizer, load_tokenizer(name)) if name else None
-        if token is not None:
-            raise UserError(
-                f"model.{key} {name!r} has another tokenizer than the policy (such as for {token!r}); give a model "
-                "that reads the policy's tokens."
-            )
+        if name:
+            refuse_foreign_tokens(module.tokenizer, name, key=f"model.{key}")
 
 
 def check_scored_token(module: "PPOModule", source: RewardModel) -> None:
-    """Refuse a reward model that was trained to be read at another token than the one that ends responses here."""
-    if source.scored_token_id is None or not source.same_tokens or source.scored_token_id in module.stop_ids:
+    """Refuse a reward model that was trained to be read at another token than the one that ends responses here.
+
+    Where only some end otherwise, by a stop string, it is said.
+    """
+    if source.scored_token_id is None or not source.same_tokens:
+        return
+    if source.scored_token_id in module.stop_ids:
+        if module.stop_strings is not None:
+            log.warning(
+                "reward model %r was trained to be read at %r, but responses that end by sampling.stop_strings have "
+                "no such token: it scores them at their last one.",
+                source.path,
+                module.tokenizer.convert_ids_to_tokens(source.scored_token_id),
+            )
         return
     names = module.tokenizer.convert_ids_to_tokens([source.scored_token_id, *module.stop_ids])
     raise UserError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlhf_lightning.distributed import global_mean_var, global_sum
+from rlhf_lightning.distributed import global_mean_var, global_sum, world_size
 from rlhf_lightning.functional.losses import PolicyLoss, ValueLoss
 from rlhf_lightning.functional.masked import masked_sum
 from rlhf_lightning.rollout.collect import Rollout
@@ -16,45 +16,48 @@ from rlhf_lightning.rollout.collect import Rollout
 if TYPE_CHECKING:
     from rlhf_lightning.algorithm.experience import Experience
 
-_SUMS = ("loss", "policy_loss", "value_loss", "ratio", "approx_kl", "clip_fraction", "value_clip_fraction", "entropy")
+_LOSSES = ("loss", "policy_loss", "value_loss")
+_TOKEN_SUMS = ("ratio", "approx_kl", "clip_fraction", "guarded_fraction", "value_clip_fraction", "entropy")
 
 
 class UpdateSums:
-    """Sums over the tokens of an update, kept on the device so that no step waits for them.
+    """What an update adds up, kept on the device so that no step waits for it.
 
     Args:
-        device: Where they are kept.
+        device: Where the sums are kept.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = {name: torch.zeros((), device=device) for name in _SUMS}
+        self.sums = {name: torch.zeros((), device=device) for name in (*_LOSSES, *_TOKEN_SUMS)}
         self.tokens = torch.zeros((), device=device)
         self.grad_norm = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)
-        self.steps = 0
+        self.minibatches = self.steps = 0
+        self.stopped_early = False
 
     @torch.no_grad()
     def add_micro_batch(
         self,
         loss: Tensor,
         policy_loss: PolicyLoss,
-        value_loss: ValueLoss,
+        value_loss: ValueLoss | None,
         entropy: Tensor | None,
-        num_tokens: Tensor,
         response_mask: Tensor,
     ) -> None:
-        """Add what one micro-batch reports; losses come divided by ``num_tokens`` and are multiplied back."""
+        """Add what one micro-batch reports; its losses come as its part of the minibatch's."""
         self.tokens += response_mask.sum()
         for name, amount in (
-            ("loss", loss * num_tokens),
-            ("policy_loss", policy_loss.loss * num_tokens),
-            ("value_loss", value_loss.loss * num_tokens),
+            ("loss", loss),
+            ("policy_loss", policy_loss.loss),
             ("ratio", policy_loss.ratio_sum),
             ("approx_kl", policy_loss.approx_kl_sum),
             ("clip_fraction", policy_loss.clipped_sum),
-            ("value_clip_fraction", value_loss.clipped_sum),
+            ("guarded_fraction", policy_loss.guarded_sum),
         ):
             self.sums[name] += amount
+        if value_loss is not None:
+            self.sums["value_loss"] += value_loss.loss
+            self.sums["value_clip_fraction"] += value_loss.clipped_sum
         if entropy is not None:
             self.sums["entropy"] += masked_sum(entropy, response_mask)
 
@@ -66,13 +69,27 @@ class UpdateSums:
         self.skipped += (~finite).float()
         self.steps += 1
 
-    def metrics(self, experience: "Experience") -> dict[str, Tensor]:
-        """Return the means over all tokens of all processes, under their names in the log."""
-        totals = global_sum(torch.stack([*self.sums.values(), self.tokens]))
-        means = dict(zip(self.sums, totals[:-1] / totals[-1], strict=True))
+    def metrics(self, experience: "Experience", *, values: bool = True) -> dict[str, Tensor]:
+        """Return the means, losses over minibatches and all else over the tokens of all processes, by name in the log.
+
+        Args:
+            experience: What the update trained on.
+            values: False leaves out what only a critic has.
+        """
+        totals = dict(
+            zip([*self.sums, "tokens"], global_sum(torch.stack([*self.sums.values(), self.tokens])), strict=True)
+        )
+        means = {name: totals[name] / (self.minibatches * world_size()) for name in _LOSSES}
+        means |= {name: totals[name] / totals["tokens"] for name in _TOKEN_SUMS}
+        for name in ("ratio", "approx_kl"):  # whose sums leave out what was guarded
+            means[name] = totals[name] / (totals["tokens"] - totals["guarded_fraction"])
         means["grad_norm"] = self.grad_norm / (self.steps - self.skipped).clamp(min=1)
         means["skipped_steps"] = self.skipped
-        means["explained_variance"] = explained_variance(experience)
+        means["stopped_early"] = torch.full_like(self.skipped, float(self.stopped_early))
+        if values:
+            means["explained_variance"] = explained_variance(experience)
+        else:
+            means = {name: mean for name, mean in means.items() if not name.startswith("value_")}
         return {f"train/{name}": value for name, value in means.items()}
 
 
@@ -85,41 +102,43 @@ def explained_variance(experience: "Experience") -> Tensor:
 
 
 def rollout_metrics(
-    rollout: Rollout, experience: "Experience", *, prefix: str, names: Sequence[str] | None = None
+    rollout: Rollout, *, prefix: str, rewards: Tensor | None = None, names: Sequence[str] | None = None
 ) -> dict[str, Tensor]:
     """Return means over the responses of all processes.
 
     Args:
         rollout: The responses.
-        experience: Their KL and rewards.
+        rewards: Reward of each token, where it is known, shape (batch, response).
         prefix: ``rollout`` or ``val``.
         names: Those wanted; ``None`` takes all.
     """
-    mask = experience.response_mask
+    mask = rollout.sequences.response_mask
     gap = torch.where(mask, rollout.old_logprobs - rollout.sampler_logprobs, 0.0)
     rows = {
         "score": rollout.scores.total,
-        "score_squared": rollout.scores.total.square(),
-        "rewards": experience.rewards.sum(dim=1),
         "kl": (rollout.old_logprobs - rollout.ref_logprobs).sum(dim=1),
         "response_length": mask.sum(dim=1).float(),
         "finished_fraction": rollout.finished.float(),
         "sampler_gap": gap.abs().sum(dim=1) / mask.sum(dim=1),
     }
+    if rewards is not None:
+        rows["rewards"] = rewards.sum(dim=1)
     parts = rollout.scores.parts if len(rollout.scores.parts) > 1 else {}
     rows |= {f"score_{name}": part for name, part in parts.items()}
     count = torch.full((), float(len(mask)), device=mask.device)
     totals = global_sum(torch.stack([*(row.float().sum() for row in rows.values()), count]))
     means = dict(zip(rows, totals[:-1] / totals[-1], strict=True))
-    means["score_std"] = (means.pop("score_squared") - means["score"].square()).clamp(min=0).sqrt()
+    # From the mean, and not as E[s²] - E[s]², which loses all digits where scores lie far from zero.
+    squares = global_sum((rollout.scores.total.float() - means["score"]).square().sum())
+    means["score_std"] = (squares / totals[-1]).sqrt()
     means["kl_per_token"] = means["kl"] / means["response_length"]
     return {f"{prefix}/{name}": value for name, value in means.items() if names is None or name in names}
 
 
-def sample_rows(rollout: Rollout, experience: "Experience") -> list[dict[str, Any]]:
+def sample_rows(rollout: Rollout) -> list[dict[str, Any]]:
     """Return prompt, response, score, KL (nats), length (tokens) and finished flag of each response, as plain data."""
     kl = (rollout.old_logprobs - rollout.ref_logprobs).sum(dim=1).tolist()
-    lengths = experience.response_mask.sum(dim=1).tolist()
+    lengths = rollout.sequences.response_lengths.tolist()
     columns = (
         rollout.prompts,
         rollout.responses,

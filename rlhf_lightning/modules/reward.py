@@ -1,76 +1,84 @@
 """The reward model: a score that puts the chosen response above the rejected one."""
 
-import json
-from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from rlhf_lightning.data.collate import PairBatch
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.losses import preference_loss
-from rlhf_lightning.metrics import MarginStatistics, MaskedMean, RewardAccuracy, TieShare
-from rlhf_lightning.models.export import CHECKPOINT_KEY
-from rlhf_lightning.models.loading import load_sequence_classifier
-from rlhf_lightning.models.scalar_head import ScalarModel, ensure_distinct_pad
-from rlhf_lightning.modules.base import ModelModule
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from rlhf_lightning.functional.reward_losses import center_loss
+from rlhf_lightning.metrics import MarginStatistics, MaskedMean, RewardAccuracy, TieShare, pair_points
+from rlhf_lightning.modules.reference import mean_over_processes
+from rlhf_lightning.modules.scoring import ScoringModule
 
 
-class RewardModule(ModelModule):
+class RewardModule(ScoringModule):
     """Train a reward model on preference pairs with the Bradley-Terry loss.
 
-    What is exported is an ``AutoModelForSequenceClassification`` with one label, read at the last token.
+    What is exported is an ``AutoModelForSequenceClassification`` with one label, read at the last token. Where the data
+    has margins (``PreferenceDataModule(margin_column=...)``), a pair's scores are asked to differ by more than its
+    margin (Llama 2, eq. 2).
 
     Args:
         model: Hugging Face folder or hub name of the start: a language model, which gets a new scalar head, or a
             reward model.
+        center_coef: Weight of the mean of (score of chosen + score of rejected)², at least 0; higher holds the scores
+            closer around zero, 0 is off. TRL recommends 0.01 (its ``center_rewards_coefficient``).
+        head_std: Standard deviation of the normal distribution from which the head's first weights are drawn, also
+            where the start is a reward model; smaller begins with smaller scores, 0 with scores of 0. ``null`` keeps a
+            reward model's head, and draws a new one with 1/√(d + 1) for hidden size d (Stiennon et al. 2020; Huang et
+            al. 2024, "The N+ Implementation Details of RLHF with PPO").
+        store_score_statistics: True writes mean and standard deviation of the scores of all validation responses,
+            chosen and rejected, into the exported config as ``score_mean`` and ``score_std``, for
+            ``RewardModel(normalize=True)``. They are measured in each validation and, where weights have changed since,
+            once more at the end of an epoch; a checkpoint between holds those of the validation before it.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer, stepped once a training step; ``null`` keeps the learning rate.
 
     References:
-        Ouyang et al. 2022, "Training language models to follow instructions with human feedback", section 3.5.
+        Ouyang et al. 2022, "Training language models to follow instructions with human feedback", section 3.5; Touvron
+        et al. 2023, "Llama 2: Open Foundation and Fine-Tuned Chat Models", section 3.2.2 (margins).
     """
 
     batch_type = PairBatch
-    export_prefix = "scalar.model."
 
     def __init__(
         self,
         model: str,
+        center_coef: float = 0.0,
+        head_std: float | None = None,
+        store_score_statistics: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.0, fused=True),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(model, optimizer, lr_scheduler)
+        super().__init__(model, head_std, store_score_statistics, optimizer, lr_scheduler)
+        if not center_coef >= 0:
+            raise UserError(f"center_coef is {center_coef}; it must be at least 0 (0 is off).")
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.center_coef = center_coef
         self.val_loss, self.accuracy = MaskedMean(), RewardAccuracy()
         self.ties, self.margins = TieShare(), MarginStatistics()
 
-    @property
-    def exported_model(self) -> "PreTrainedModel":
-        """The sequence-classification model."""
-        return self.scalar.model
-
-    def configure_model(self) -> None:
-        """Load the weights, once."""
-        if not hasattr(self, "scalar"):
-            model = load_sequence_classifier(self.model_name, new_head=True)
-            ensure_distinct_pad(model, self.tokenizer)
-            self.scalar = ScalarModel(model)
+    def batch_scores(self, batch: PairBatch) -> Tensor:
+        """Return the scores of all chosen responses, then of all rejected ones."""
+        return torch.cat(self._scores(batch))
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Return the mean loss of the pairs."""
-        self._note_scored_token(batch)
+        """Return the mean loss of the pairs of all processes."""
+        self._note_scored_token(batch.chosen)
         chosen, rejected = self._scores(batch)
-        loss = preference_loss(chosen, rejected).mean()
+        loss = mean_over_processes(self._losses(batch, chosen, rejected))
         margins = (chosen - rejected).detach()
-        accuracy = (margins > 0).float() + 0.5 * (margins == 0).float()
+        accuracy = pair_points(chosen, rejected)
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
-        self.log("train/accuracy", accuracy.mean(), prog_bar=True, sync_dist=True)
-        self.log("train/margin", margins.mean(), sync_dist=True)
+        self.log("train/accuracy", mean_over_processes(accuracy), prog_bar=True, sync_dist=True)
+        self.log("train/margin", mean_over_processes(margins), sync_dist=True)
+        if self.center_coef:
+            center = mean_over_processes(center_loss(chosen.detach(), rejected.detach()))
+            self.log("train/center_loss", center, sync_dist=True)
         self._log_learning_rate()
         return loss
 
@@ -79,7 +87,8 @@ class RewardModule(ModelModule):
         chosen, rejected = self._scores(batch)
         for metric in (self.accuracy, self.ties, self.margins):
             metric.update(chosen, rejected)
-        self.val_loss.update(preference_loss(chosen, rejected))
+        self.val_loss.update(self._losses(batch, chosen, rejected))
+        self._note_scores(chosen, rejected)
 
     def on_validation_epoch_end(self) -> None:
         """Log loss, accuracy, ties and margins of the whole set."""
@@ -90,34 +99,18 @@ class RewardModule(ModelModule):
         self.log_dict({f"val/margin_{name}": value for name, value in margins.items()}, sync_dist=True)
         for metric in (self.val_loss, self.accuracy, self.ties, self.margins):
             metric.reset()
+        self._store_statistics()
 
-    def test_step(self, batch: PairBatch, batch_idx: int) -> None:
-        """Do the same as in validation."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Do the same as after validation."""
-        self.on_validation_epoch_end()
-
-    def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Return the scores of both sides, shape (pairs,) each."""
-        chosen, rejected = self._scores(batch)
-        return {"chosen": chosen, "rejected": rejected}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over at which token the score is read."""
-        super().on_load_checkpoint(checkpoint)
-        config = json.loads(checkpoint[CHECKPOINT_KEY]["files"]["config.json"])
-        if "scored_token_id" in config:
-            self.scalar.model.config.scored_token_id = config["scored_token_id"]
+    def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
+        """Return the texts, and ``chosen_score`` and ``rejected_score``, shape (pairs,) each."""
+        (prompts, chosen), (_, rejected) = self.texts(batch.chosen), self.texts(batch.rejected)
+        scores = dict(zip(("chosen_score", "rejected_score"), self._scores(batch), strict=True))
+        return {"prompt": prompts, "chosen": chosen, "rejected": rejected, **scores}
 
     def _scores(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         return self.scalar.scores(batch.chosen), self.scalar.scores(batch.rejected)
 
-    def _note_scored_token(self, batch: PairBatch) -> None:
-        """Write into the config at which token the score is read, so that PPO can tell whether its responses end so."""
-        config: Any = self.scalar.model.config
-        if getattr(config, "scored_token_id", None) is None:
-            chosen = batch.chosen
-            last = chosen.input_ids.gather(1, (chosen.lengths - 1)[:, None]).flatten()
-            config.scored_token_id = Counter(torch.Tensor.tolist(last)).most_common(1)[0][0]
+    def _losses(self, batch: PairBatch, chosen: Tensor, rejected: Tensor) -> Tensor:
+        margin = 0.0 if batch.margins is None else batch.margins
+        losses = preference_loss(chosen, rejected, margin=margin)
+        return losses + self.center_coef * center_loss(chosen, rejected) if self.center_coef else losses

@@ -89,9 +89,11 @@ class SFTModule(ModelModule):
         """Do the same as after validation."""
         self.on_validation_epoch_end()
 
-    def predict_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
-        """Return the mean log-probability a response token of each sequence, nats, shape (batch,)."""
-        return response_logprobs(self.policy, batch).sum(dim=1) / batch.response_lengths
+    def predict_step(self, batch: SequenceBatch, batch_idx: int) -> dict[str, Any]:
+        """Return prompts and responses as text, and ``logprob``: the mean a response token, nats, shape (batch,)."""
+        prompts, responses = self.texts(batch)
+        logprob = response_logprobs(self.policy, batch).sum(dim=1) / batch.response_lengths
+        return {"prompt": prompts, "response": responses, "logprob": logprob}
 
     def _negative_logprob(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
         logprobs = response_logprobs(self.policy, batch)

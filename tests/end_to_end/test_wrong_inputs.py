@@ -28,6 +28,7 @@ LENGTHS = "--data.max_length=48 --data.max_prompt_length=24 --data.batch_size=2"
 PROMPTS = "--data=PromptDataModule --data.source=pairs.jsonl --data.max_prompt_length=24 --data.rollout_batch_size=4"
 SFT = f"--model=SFTModule --model.model=policy --data=DemonstrationDataModule --data.source=pairs.jsonl {LENGTHS}"
 PAIRS = f"--data=PreferenceDataModule --data.source=pairs.jsonl {LENGTHS}"
+UNPAIRED = f"--data=UnpairedDataModule --data.source=pairs.jsonl {LENGTHS}"
 PPO = "--model=PPOModule --model.policy=policy --model.minibatch_size=2 --model.ppo_epochs=1"
 PPO_BY_FUNCTION = f"fit {PPO} --model.reward=FunctionReward --model.reward.function=rewards.py:lengths {PROMPTS}"
 #: Commands that are right (but for the last), by the name that stands for them in the table.
@@ -35,6 +36,8 @@ COMMANDS = {
     "sft": f"fit {SFT} {TRAINER}",
     "validate_sft": f"validate {SFT} {TRAINER}",
     "reward": f"fit --model=RewardModule --model.model=policy {PAIRS} {TRAINER}",
+    "dpo": f"fit --model=DPOModule --model.policy=policy {PAIRS} {TRAINER}",
+    "kto": f"fit --model=KTOModule --model.policy=policy {UNPAIRED} {TRAINER}",
     "ppo": f"{PPO_BY_FUNCTION} --model.sampling.max_new_tokens=4 {TRAINER}",
     "ppo_by_model": f"fit {PPO} --model.reward=RewardModel {PROMPTS} --model.sampling.max_new_tokens=4 {TRAINER}",
     "compare": "compare --models.a=policy --models.b=policy --prompts=pairs.jsonl --output=report --device=cpu "
@@ -113,6 +116,8 @@ DATA: dict[str, str | bytes] = {
     "no_content.jsonl": message(role="user", text="a"),
     "no_reply.jsonl": message(role="user", content="a"),
     "unpaired.jsonl": rows({"prompt": "Hi", "completion": "a", "label": True}),
+    "unlabelled.jsonl": rows({"prompt": "Hi", "completion": "a", "lable": True}),
+    "word_label.jsonl": rows({"prompt": "Hi", "completion": "a", "label": "good"}),
     "text.jsonl": rows({"text": "Once upon a time"}),
     "messages.jsonl": rows({"prompt": [{"role": "user", "content": "a"}]}),
     "blank_prompt.jsonl": rows({"prompt": " "}),

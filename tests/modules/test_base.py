@@ -83,6 +83,13 @@ def test_load_from_checkpoint(checkpoint: tuple[Path, PPOModule], reward_model: 
     assert loaded.state_dict().keys() == trained.keys()
 
 
+def test_load_from_checkpoint_names_what_is_to_be_given_again(checkpoint: tuple[Path, PPOModule]) -> None:
+    with pytest.raises(
+        UserError, match=r"does not hold reward; give it again: load_from_checkpoint\(path, reward=\.\.\."
+    ):
+        PPOModule.load_from_checkpoint(checkpoint[0], weights_only=True)
+
+
 def test_loading_refuses_a_missing_layer(checkpoint: tuple[Path, PPOModule], reward_model: str) -> None:
     path, _ = checkpoint
     state = torch.load(path, weights_only=True)
@@ -149,6 +156,7 @@ def test_train_leaves_frozen_models_in_eval_mode(checkpoint: tuple[Path, PPOModu
     module = checkpoint[1]
     module.train()
     assert module.policy.training
+    assert module.critic is not None
     assert all(part.training for part in module.critic.modules())
     frozen = list(module.frozen_modules().values())
     assert len(frozen) == 2
@@ -177,6 +185,7 @@ def test_no_frozen_parameter_is_in_the_optimizer(ppo: MakePPO, reward_model: str
     module.configure_model()
     optimizer = module.configure_optimizers()
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert module.critic is not None
     wanted = [*module.policy.parameters(), *module.critic.parameters()]
     assert trained == {id(parameter) for parameter in wanted}
 

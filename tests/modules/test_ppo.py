@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_lightning.algorithm.critics import SeparateCritic
 from rlhf_lightning.algorithm.experience import Experience
 from rlhf_lightning.algorithm.kl import AdaptiveKL, FixedKL
+from rlhf_lightning.algorithm.objectives import ClippedObjective
 from rlhf_lightning.data.prompts import PromptDataModule
 from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.modules.ppo import PPOModule
@@ -127,56 +128,76 @@ def fixed_experience() -> Experience:
         response_mask=mask,
         old_logprobs=noise(1.5, -7.0),
         old_values=noise(0.3),
-        kl=noise(0.0),
+        ref_logprobs=noise(1.0),
         rewards=noise(0.0),
         advantages=noise(1.0),
         returns=noise(1.0),
     )
 
 
-def loss_by_definition(module: PPOModule, experience: Experience, *, temperature: float) -> Tensor:
+def loss_by_definition(
+    module: PPOModule, experience: Experience, *, temperature: float, entropy_coef: float, k2_coef: float
+) -> Tensor:
     """Row by row without padding, token by token."""
     total: Any = 0.0
     for row, ids in enumerate(experience.sequences.input_ids):
         prompt, size = (int(n[row]) for n in experience.sequences[1:])
         whole = ids[None, : prompt + size]
         logprobs = (module.policy(input_ids=whole).logits[0] / temperature).log_softmax(dim=-1)
-        critic = module.critic.scalar.model
+        critic: Any = module.critic.scalar.model  # type: ignore[union-attr]
         values = critic.score(critic.model(input_ids=whole).last_hidden_state)[0, :, 0]
         for t in range(size):
             advantage, target = experience.advantages[row, t], experience.returns[row, t]
-            ratio = (logprobs[prompt + t - 1, ids[prompt + t]] - experience.old_logprobs[row, t]).exp()
+            logprob = logprobs[prompt + t - 1, ids[prompt + t]]
+            ratio = (logprob - experience.old_logprobs[row, t]).exp()
             policy_loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2))
+            entropy = -(logprobs[prompt + t - 1].exp() * logprobs[prompt + t - 1]).sum()
+            k2 = (logprob - experience.ref_logprobs[row, t]) ** 2 / 2
+            total = total - entropy_coef * entropy + k2_coef * k2
             value, old = values[prompt + t - 1], experience.old_values[row, t]
             clipped = old + (value - old).clamp(-0.2, 0.2)
             total = total + policy_loss + 0.1 * 0.5 * torch.maximum((value - target) ** 2, (clipped - target) ** 2)
     return total / int(experience.response_mask.sum())
 
 
+@pytest.mark.parametrize(("entropy_coef", "k2_coef"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.05)])
 def test_gradient_is_that_of_the_definition_for_any_micro_batch_size(
-    ppo: MakePPO, prompts: MakePrompts, trainer: MakeTrainer, reward_model: str
+    ppo: MakePPO,
+    prompts: MakePrompts,
+    trainer: MakeTrainer,
+    reward_model: str,
+    entropy_coef: float,
+    k2_coef: float,
 ) -> None:
     gradients: dict[str, list[Tensor]] = {}
 
     class Probe(PPOModule):
         def update(self, experience: Experience) -> UpdateSums:
             fixed = fixed_experience()
-            parameters = [*self.policy.parameters(), *self.critic.parameters()]
-            loss = loss_by_definition(self, fixed, temperature=0.7)
+            parameters = [*self.policy.parameters(), *self.critic.parameters()]  # type: ignore[union-attr]
+            loss = loss_by_definition(self, fixed, temperature=0.7, entropy_coef=entropy_coef, k2_coef=k2_coef)
             gradients["definition"] = list(torch.autograd.grad(loss, parameters))
             for size in (1, 2, 3, 4):
                 self.zero_grad()
                 sums = UpdateSums(self.device)
                 groups = torch.tensor([2, 0, 3, 1]).split(size)
-                self.accumulate_gradients([fixed.select(rows) for rows in groups], sums)
+                approx_kl = self.accumulate_gradients([fixed.select(rows) for rows in groups], sums)
                 gradients[f"micro-batches of {size}"] = [p.grad.clone() for p in parameters if p.grad is not None]
                 torch.testing.assert_close(sums.metrics(fixed)["train/loss"], loss.detach(), rtol=1e-5, atol=0)
+                torch.testing.assert_close(approx_kl, sums.metrics(fixed)["train/approx_kl"], rtol=1e-5, atol=0)
                 assert 0 < sums.metrics(fixed)["train/clip_fraction"] < 1
             self.zero_grad()
             return super().update(experience)
 
     sampling = SamplingConfig(max_new_tokens=4, temperature=0.7)
-    module = ppo(Probe, sampling=sampling, critic=SeparateCritic(reward_model), ppo_epochs=1)
+    module = ppo(
+        Probe,
+        sampling=sampling,
+        critic=SeparateCritic(reward_model),
+        ppo_epochs=1,
+        policy_objective=ClippedObjective(entropy_coef=entropy_coef),
+        kl=FixedKL(k2_coef, estimator="k2", place="loss"),
+    )
     trainer(max_steps=1).fit(module, datamodule=prompts())
     expected = torch.cat([gradient.flatten() for gradient in gradients.pop("definition")])
     assert expected.norm() > 0.1

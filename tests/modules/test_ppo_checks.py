@@ -14,6 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from transformers import AutoTokenizer
 
 from rlhf_lightning.algorithm.critics import SeparateCritic
+from rlhf_lightning.algorithm.kl import AdaptiveKL
 from rlhf_lightning.data.prompts import PromptDataModule
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.modules.ppo import PPOModule
@@ -59,9 +60,16 @@ def test_refuses_minibatches_that_do_not_divide_the_rollout(refused: Callable[..
     assert "rollout_batch_size 8 is not divisible by minibatch_size 3" in message
 
 
+def test_refuses_more_sequences_than_an_adaptive_price_can_follow(refused: Callable[..., str]) -> None:
+    """Before any iteration, and not at the end of the first."""
+    message = refused(kl=AdaptiveKL(horizon=4), data={"rollout_batch_size": 8})
+    assert "horizon is 4, but an iteration has 8 sequences" in message
+
+
 def test_refuses_more_tokens_than_the_policy_reads(refused: Callable[..., str]) -> None:
     message = refused(sampling=SamplingConfig(max_new_tokens=81), data={"max_prompt_length": 48})
-    assert "48 + max_new_tokens 81 = 129 tokens, but the policy reads at most 128" in message
+    assert "data.max_prompt_length 48 + model.sampling.max_new_tokens 81 = 129 tokens" in message
+    assert "but the policy reads at most 128" in message
 
 
 def test_as_many_tokens_as_the_policy_reads_will_do(ppo: MakePPO, prompts: MakePrompts, trainer: MakeTrainer) -> None:
@@ -111,6 +119,26 @@ def test_a_stop_token_that_the_reward_model_knows_will_do(
     trainer(max_steps=1).fit(module, datamodule=prompts())
     assert module.stop_ids == [4, 1]
     assert module.counters["iterations"] == 1
+
+
+def test_it_is_said_that_stop_strings_end_where_the_reward_model_was_not_trained_to_be_read(
+    ppo: MakePPO,
+    prompts: MakePrompts,
+    trainer: MakeTrainer,
+    save_model: SaveModel,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    other = save_model(tmp_path / "other", seed=1, scalar=True, scored_token_id=4)
+    for strings in (None, ["tea"]):
+        caplog.clear()
+        sampling = SamplingConfig(max_new_tokens=6, stop_strings=strings)
+        with caplog.at_level(logging.WARNING, logger="rlhf_lightning"):
+            trainer(max_steps=1).fit(
+                ppo(reward=RewardModel(other), sampling=sampling, ppo_epochs=1), datamodule=prompts()
+            )
+        said = [line for line in caplog.messages if "was trained to be read at '<|im_end|>'" in line]
+        assert len(said) == (strings is not None)
 
 
 def test_a_reward_model_with_a_tokenizer_of_its_own_is_read_at_its_own_token(

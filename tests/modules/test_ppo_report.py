@@ -25,7 +25,7 @@ SEQUENCES = SequenceBatch(torch.tensor([[5, 6, 7, 8], [5, 9, 0, 0]]), torch.tens
 def experience(**changes: Tensor) -> Experience:
     zeros = torch.zeros(2, 3)
     fields: dict[str, Any] = dict.fromkeys(
-        ("old_logprobs", "old_values", "kl", "rewards", "advantages", "returns"), zeros
+        ("old_logprobs", "old_values", "ref_logprobs", "rewards", "advantages", "returns"), zeros
     )
     return Experience(sequences=SEQUENCES, response_mask=MASK, **{**fields, **changes})
 
@@ -48,28 +48,26 @@ def rollout(**changes: Any) -> Rollout:
 
 
 def policy_loss(loss: float, ratio: float, kl: float, clipped: float) -> PolicyLoss:
-    return PolicyLoss(*map(torch.tensor, (loss, ratio, kl, clipped)))
+    return PolicyLoss(*map(torch.tensor, (loss, ratio, kl, clipped, 1.0)))
 
 
 def value_loss(loss: float, clipped: float) -> ValueLoss:
     return ValueLoss(torch.tensor(loss), torch.tensor(clipped))
 
 
-def test_update_metrics_are_means_over_tokens() -> None:
+def test_update_metrics_are_means_over_tokens_and_losses_over_minibatches() -> None:
     """Two minibatches: one of 4 tokens cut into micro-batches of 3 and 1, one of 2 tokens."""
     sums = UpdateSums(torch.device("cpu"))
     entropy = torch.tensor([[1.0, 2.0, 3.0], [4.0, NAN, NAN]])
-    four, two = torch.tensor(4.0), torch.tensor(2.0)
-    # A loss comes as the micro-batch's token sum over the minibatch's token count: 6 / 4, 2 / 4 and 8 / 2.
+    # Losses of micro-batches add up to those of their minibatch: 1.5 + 0.5 and 4.
     sums.add_micro_batch(
-        torch.tensor(1.5), policy_loss(1.0, 3.3, 0.3, 1.0), value_loss(0.25, 2.0), entropy[:1], four, MASK[:1]
+        torch.tensor(1.5), policy_loss(1.0, 3.3, 0.3, 1.0), value_loss(0.25, 2.0), entropy[:1], MASK[:1]
     )
     sums.add_micro_batch(
-        torch.tensor(0.5), policy_loss(0.5, 1.1, 0.1, 0.0), value_loss(0.0, 1.0), entropy[1:], four, MASK[1:]
+        torch.tensor(0.5), policy_loss(0.5, 1.1, 0.1, 0.0), value_loss(0.0, 1.0), entropy[1:], MASK[1:]
     )
-    sums.add_micro_batch(
-        torch.tensor(4.0), policy_loss(3.0, 1.6, 0.2, 2.0), value_loss(1.0, 0.0), None, two, MASK[:1, :2]
-    )
+    sums.add_micro_batch(torch.tensor(4.0), policy_loss(3.0, 1.6, 0.2, 2.0), value_loss(1.0, 0.0), None, MASK[:1, :2])
+    sums.minibatches = 2
     sums.add_step(torch.tensor(2.0))
     sums.add_step(torch.tensor(NAN))
     sums.add_step(torch.tensor(5.0))
@@ -77,12 +75,14 @@ def test_update_metrics_are_means_over_tokens() -> None:
     assert metrics.pop("train/explained_variance") != 0  # of returns that are all 0: not a number
     assert metrics == pytest.approx(
         {
-            "train/loss": (6 + 2 + 8) / 6,
-            "train/policy_loss": (4 + 2 + 6) / 6,
-            "train/value_loss": (1 + 0 + 2) / 6,
-            "train/ratio": 6.0 / 6,
-            "train/approx_kl": 0.6 / 6,
+            "train/loss": (2.0 + 4.0) / 2,
+            "train/policy_loss": (1.5 + 3.0) / 2,
+            "train/value_loss": (0.25 + 1.0) / 2,
+            "train/ratio": 6.0 / 3,  # of the 6 tokens, 3 were guarded and are not in these two sums
+            "train/approx_kl": 0.6 / 3,
             "train/clip_fraction": 3 / 6,
+            "train/guarded_fraction": 3 / 6,
+            "train/stopped_early": 0,
             "train/value_clip_fraction": 3 / 6,
             "train/entropy": 10 / 6,
             "train/grad_norm": 3.5,  # of the steps that were taken
@@ -91,12 +91,22 @@ def test_update_metrics_are_means_over_tokens() -> None:
     )
 
 
+def test_the_mean_ratio_is_that_of_the_tokens_that_were_not_guarded() -> None:
+    """Two of three tokens count, with a ratio of 1 each."""
+    sums, ones = UpdateSums(torch.device("cpu")), torch.ones(3)
+    part = policy_loss(0.0, 2.0, 0.5, 0.0)._replace(guarded_sum=torch.tensor(1.0))
+    sums.add_micro_batch(torch.tensor(0.0), part, None, None, ones[None].bool())
+    sums.minibatches = 1
+    metrics = sums.metrics(experience(), values=False)
+    assert metrics["train/ratio"] == 1
+    assert metrics["train/approx_kl"] == 0.25
+    assert metrics["train/guarded_fraction"] == pytest.approx(1 / 3)
+
+
 def test_sums_hold_no_graph() -> None:
     sums = UpdateSums(torch.device("cpu"))
     loss = torch.tensor(1.0, requires_grad=True)
-    sums.add_micro_batch(
-        loss, PolicyLoss(*[loss * 2] * 4), ValueLoss(loss * 3, loss), loss.expand(1, 3), loss, MASK[:1]
-    )
+    sums.add_micro_batch(loss, PolicyLoss(*[loss * 2] * 5), ValueLoss(loss * 3, loss), loss.expand(1, 3), MASK[:1])
     sums.add_step(loss * 2)
     assert not any(value.requires_grad for value in (*sums.sums.values(), sums.tokens, sums.grad_norm, sums.skipped))
 
@@ -119,7 +129,7 @@ def test_explained_variance(values: list[list[float]], expected: float) -> None:
 
 def test_rollout_metrics() -> None:
     rewards = torch.tensor([[0.5, 0.25, 0.0], [4.0, 0.0, 0.0]])
-    metrics = rollout_metrics(rollout(), experience(rewards=rewards), prefix="rollout")
+    metrics = rollout_metrics(rollout(), rewards=rewards, prefix="rollout")
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
         {
             "rollout/score": 2.5,
@@ -134,20 +144,27 @@ def test_rollout_metrics() -> None:
     )
 
 
+def test_the_spread_of_scores_far_from_zero_keeps_its_digits() -> None:
+    """Of s - 1 and s + 1 it is 1; in float32 the squares of 20,000 have no digit left for that."""
+    total = torch.tensor([19_999.0, 20_001.0])
+    metrics = rollout_metrics(rollout(scores=Scores(total, {})), prefix="rollout")
+    assert metrics["rollout/score_std"] == 1
+
+
 def test_rollout_metrics_name_the_parts_of_a_sum() -> None:
     scores = Scores(torch.tensor([1.0, 4.0]), {"kind": torch.tensor([1.0, 2.0]), "short": torch.tensor([0.0, 1.0])})
-    metrics = rollout_metrics(rollout(scores=scores), experience(), prefix="rollout")
+    metrics = rollout_metrics(rollout(scores=scores), prefix="rollout")
     assert metrics["rollout/score_kind"].item() == 1.5
     assert metrics["rollout/score_short"].item() == 0.5
 
 
 def test_rollout_metrics_asked_for_by_name() -> None:
-    metrics = rollout_metrics(rollout(), experience(), prefix="val", names=("score", "kl"))
+    metrics = rollout_metrics(rollout(), prefix="val", names=("score", "kl"))
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx({"val/score": 2.5, "val/kl": 1.5})
 
 
 def test_sample_rows_are_plain_data() -> None:
-    rows = sample_rows(rollout(), experience())
+    rows = sample_rows(rollout())
     assert rows == [
         {"prompt": "first", "response": "a b c", "score": 1.0, "kl": 0.5, "length": 3, "finished": True},
         {

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from rlhf_lightning.data.collate import PairBatch, PairExample, collate_pairs
 from rlhf_lightning.data.preferences import PreferenceDataModule
 from rlhf_lightning.models.export import export_checkpoint
+from rlhf_lightning.models.loading import load_tokenizer
 from rlhf_lightning.modules.reward import RewardModule
 
 MakeTrainer = Callable[..., Trainer]
@@ -95,8 +96,11 @@ def test_every_validation_starts_from_nothing(reward_model: str, trainer: MakeTr
 def test_predict_gives_both_scores(reward_model: str, trainer: MakeTrainer) -> None:
     predictions: Any = trainer().predict(RewardModule(reward_model), loader(2))
     for side, place in (("chosen", 1), ("rejected", 2)):
-        scores = torch.cat([part[side] for part in predictions]).tolist()
+        scores = torch.cat([part[f"{side}_score"] for part in predictions]).tolist()
         assert scores == pytest.approx([score(reward_model, [*pair[0], *pair[place]]) for pair in PAIRS], rel=1e-4)
+        tokenizer = load_tokenizer(reward_model)
+        texts = [text for part in predictions for text in part[side]]
+        assert texts == [tokenizer.decode(pair[place]) for pair in PAIRS]
 
 
 def test_it_learns_the_preferences(language_model: str, trainer: MakeTrainer) -> None:
@@ -190,3 +194,14 @@ def test_a_trained_head_is_kept(reward_model: str) -> None:
     module.configure_model()
     start = AutoModelForSequenceClassification.from_pretrained(reward_model)
     assert torch.equal(module.scalar.model.score.weight, start.score.weight)
+
+
+def test_responses_that_end_anywhere_leave_no_token_noted(reward_model: str, trainer: MakeTrainer) -> None:
+    cut = [PairExample([5, 6], [20 + row, 30 + row % 2], [22, 23]) for row in range(4)]  # ends: 30, 31, 30, 31
+    half, most = (collate_pairs([*cut, *more], pad_id=4) for more in ([], [PairExample([7], [8, 30], [9, 31])]))
+    for batch, expected in ((half, None), (most, 30)):
+        module = RewardModule(reward_model)
+        module.configure_model()
+        module.scalar.model.config.scored_token_id = None
+        trainer(max_steps=1).fit(module, DataLoader([batch], batch_size=None))  # type: ignore[arg-type]
+        assert module.scalar.model.config.scored_token_id == expected

@@ -16,6 +16,7 @@ from rlhf_lightning.data.collate import collate_sequences
 from rlhf_lightning.data.text import DemonstrationDataModule
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch
+from rlhf_lightning.models.loading import load_tokenizer
 from rlhf_lightning.modules.sft import SFTModule
 
 MakeTrainer = Callable[..., Trainer]
@@ -90,10 +91,12 @@ def test_test_reports_the_same_as_validate(language_model: str, trainer: MakeTra
 
 
 def test_predict_gives_the_mean_logprob_of_each_response(language_model: str, trainer: MakeTrainer) -> None:
-    predictions = trainer().predict(SFTModule(language_model), loader(2))
-    assert predictions is not None
+    predictions: Any = trainer().predict(SFTModule(language_model), loader(2))
     expected = [sum(values) / len(values) for values in (token_logprobs(language_model, *row) for row in ROWS)]
-    assert torch.cat(predictions).tolist() == pytest.approx(expected, rel=1e-5)  # type: ignore[arg-type]
+    assert torch.cat([part["logprob"] for part in predictions]).tolist() == pytest.approx(expected, rel=1e-5)
+    tokenizer = load_tokenizer(language_model)
+    for name, place in (("prompt", 0), ("response", 1)):
+        assert [text for part in predictions for text in part[name]] == [tokenizer.decode(row[place]) for row in ROWS]
 
 
 def test_it_learns_the_responses(language_model: str, trainer: MakeTrainer) -> None:
