@@ -16,6 +16,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from rlhf_lightning.config_errors import OneLineErrors, refusal_of_constructor
+from rlhf_lightning.distributed import leave_group
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.modules.base import ModelModule
 from rlhf_lightning.run_folder import (
@@ -247,6 +248,8 @@ def run_command(argv: list[str]) -> None:
             "the checkpoint holds Python objects, which could run code when loaded; --weights_only false loads it all "
             "the same, if you trust where it comes from."
         ) from refusal
+    finally:
+        leave_group()
 
 
 class _WithoutAdvertisements(logging.Filter):

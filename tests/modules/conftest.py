@@ -1,6 +1,10 @@
 """Tiny models and real Trainers for the modules' tests."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,3 +178,21 @@ def recorder() -> Recorder:
 def weights() -> Callable[[LightningModule], dict[str, torch.Tensor]]:
     """``weights(module)`` copies the state dict."""
     return lambda module: {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+@pytest.fixture
+def run_processes() -> Callable[[str, int, list[str]], None]:
+    """``run_processes(program, world_size, arguments)`` runs a file once per rank; each has to end with status 0."""
+
+    def run(program: str, world_size: int, arguments: list[str]) -> None:
+        with socket.socket() as found:
+            found.bind(("localhost", 0))
+            port = found.getsockname()[1]
+        running = []
+        for rank in range(world_size):
+            places = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+            environment = {**os.environ, **places, "OMP_NUM_THREADS": "1"}
+            running.append(subprocess.Popen([sys.executable, program, str(world_size), *arguments], env=environment))
+        assert [process.wait(timeout=240) for process in running] == [0] * world_size
+
+    return run
