@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlhf_lightning.errors import UserError, did_you_mean
-from rlhf_lightning.evaluation.curves import Plot, read_curves
+from rlhf_lightning.evaluation.curves import Plot, read_curves, training_seconds
 from rlhf_lightning.evaluation.formatting import text_table
 from rlhf_lightning.evaluation.generations import Bench, Generations
 from rlhf_lightning.evaluation.judges import Judges
@@ -60,7 +60,8 @@ def compare(
     Written are ``report.html`` (one file, no network needed), ``report.json`` and ``samples.jsonl``. ``report.json``
     has the keys ``format`` ("rlhf_lightning.comparison/1"), ``created`` (UTC), ``base``, ``seed``, ``prompts``
     (``source``, ``count`` asked, ``available``), ``sampling`` (the arguments of SamplingConfig), ``reward`` (name or
-    null), ``curves`` (the argument) and ``models``, a list with the fields of
+    null), ``training_s`` (seconds by name, of the models whose curves were given under their name), ``curves`` (the
+    argument) and ``models``, a list with the fields of
     :class:`~rlhf_lightning.evaluation.summary.ModelSummary`: ``name``, ``path``, ``score``, ``score_std``,
     ``score_quantiles``, ``score_parts``, ``score_difference``, ``win_rate``, ``metrics``, ``kl``, ``kl_per_token``,
     ``length``, ``finished``, ``distinct_2``. What has an interval is ``{"mean", "low", "high"}``; what does not apply
@@ -81,7 +82,8 @@ def compare(
         max_prompt_length: Tokens of a prompt that are kept, the last ones.
         chat: Apply the chat template; false takes prompts as plain text.
         text_words: Take this many words of a row of plain ``text`` as its prompt; ``null`` refuses such rows.
-        curves: Path of the ``metrics.jsonl`` of a training run, by the name that the report calls it.
+        curves: Path of the ``metrics.jsonl`` of a training run, by the name that the report calls it; under the name
+            of a model it also tells how long that was trained.
         batch_size: Prompts answered together; changes the speed and the memory, not the answers.
         seed: Fixes which prompts are asked and shown, all draws and the intervals.
         device: ``cpu``, ``cuda``, ``cuda:1``, ...; ``auto`` takes a GPU where there is one.
@@ -115,6 +117,7 @@ def compare(
         reward=None if reward is None else reward.name,
         seed=seed,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        training_s=training_seconds(curves or {}),
     )
     return _write(comparison, plots, curves or {}, Path(output))
 

@@ -1,5 +1,6 @@
 """Training curves out of a run's ``metrics.jsonl``: which belong in one plot, and how many points it needs."""
 
+import itertools
 import json
 import math
 import statistics
@@ -56,6 +57,19 @@ def read_curves(curves: Mapping[str, str]) -> dict[str, list[Plot]]:
     return {name: plots_of(_read(name, Path(path)), f"curves.{name}: {path!r}") for name, path in curves.items()}
 
 
+def training_seconds(curves: Mapping[str, str]) -> dict[str, float]:
+    """Return how long each run had trained when it last logged, validation included, by the name of the run.
+
+    Args:
+        curves: Path of a ``metrics.jsonl`` by the name of its run.
+
+    Returns:
+        Seconds; a run whose rows carry no time is left out.
+    """
+    times = {name: [row["time"] for row in _read(name, Path(path)) if "time" in row] for name, path in curves.items()}
+    return {name: _whole(seconds) for name, seconds in times.items() if seconds}
+
+
 def plots_of(rows: Sequence[Mapping[str, Any]], where: str = "metrics") -> list[Plot]:
     """Sort logged values into plots: the known ones first, then whatever else was validated.
 
@@ -108,6 +122,17 @@ def condense(
     groups = [(xs[start : start + size], ys[start : start + size]) for start in range(0, len(xs), size)]
     means = [statistics.fmean(values) for _, values in groups]
     return [statistics.fmean(steps) for steps, _ in groups], means, [statistics.pstdev(values) for _, values in groups]
+
+
+def _whole(seconds: Sequence[float]) -> float:
+    """Add up the parts of a run whose clock began anew each time it was resumed.
+
+    Example:
+        >>> _whole([1.0, 5.0, 2.0, 3.0])
+        8.0
+    """
+    ends = [before for before, after in itertools.pairwise([*seconds, 0.0]) if after < before]
+    return sum(ends)
 
 
 def _series(key: str, rows: Sequence[Mapping[str, Any]]) -> Series | None:

@@ -16,6 +16,7 @@ from rlhf_lightning.rollout.collect import decode_responses, length_sorted
 from rlhf_lightning.rollout.decoding import CachedSampler
 from rlhf_lightning.rollout.reward_sources import ScoringBatch
 from rlhf_lightning.rollout.sampler import SamplingConfig
+from rlhf_lightning.rollout.stop_strings import StopStrings, resolve_stop_strings
 from rlhf_lightning.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def sample_responses(
     stop_ids: Sequence[int],
     seed: int,
     batch_size: int = 64,
+    stop_strings: StopStrings | None = None,
 ) -> tuple[SequenceBatch, Tensor]:
     """Let a model answer prompts, those of like length together.
 
@@ -87,6 +89,7 @@ def sample_responses(
         stop_ids: Tokens that end a response.
         seed: Fixes all draws.
         batch_size: Prompts answered together.
+        stop_strings: Texts that end a response.
 
     Returns:
         Prompts and responses, and the finished flags, shape (rows,), in the order of the prompts, on the CPU.
@@ -106,6 +109,7 @@ def sample_responses(
             stop_ids=stop_ids,
             seed=derive_seed(seed, "compare"),
             row_ids=group.tolist(),
+            stop_strings=stop_strings,
         )
         for row, tokens, length in zip(group.tolist(), samples.tokens.tolist(), samples.lengths.tolist(), strict=True):
             responses[row] = tokens[:length]
@@ -192,6 +196,7 @@ class Bench:
             stop_ids=self.stop_ids,
             seed=self.seed,
             batch_size=self.batch_size,
+            stop_strings=resolve_stop_strings(self.tokenizer, self.sampling.stop_strings),
         )
         responses = decode_responses(self.tokenizer, sequences)
         kl = self._log_ratio(model, base, sequences)

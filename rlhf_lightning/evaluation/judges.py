@@ -79,7 +79,7 @@ class Judges:
         if self.reward is None:
             return Judgement(None, {}, metrics)
         what = f"reward {self.reward.name!r}"
-        total, parts = self.reward.score(batch)
+        total, parts, _ = self.reward.score(batch)
         several = parts if len(parts) > 1 else {}
         score_parts = {name: _numbers(f"{what}, {name}", part, count) for name, part in several.items()}
         return Judgement(_numbers(what, total, count), score_parts, metrics)

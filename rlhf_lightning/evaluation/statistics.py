@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_lightning.metrics import pair_points
 from rlhf_lightning.seeding import derived_generator
 
 Z_95 = 1.959963984540054
@@ -130,7 +131,7 @@ def win_points(scores: Tensor, base: Tensor) -> Tensor:
         tensor([1.0000, 0.5000, 0.0000], dtype=torch.float64)
     """
     _same_rows("win_points", scores, base)
-    return (scores > base).double() + 0.5 * (scores == base).double()
+    return pair_points(scores, base).double()
 
 
 def win_rate(scores: Tensor, base: Tensor) -> Interval:

@@ -1,7 +1,7 @@
 """A comparison in numbers: one summary for each model, and the rows of the table that both reports print."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -91,13 +91,16 @@ def summarize(model: Generations, base: Generations, *, seed: int = 0) -> ModelS
     )
 
 
-def table_rows(models: Sequence[ModelSummary], answers: Sequence[Generations], base: str) -> list[TableRow]:
+def table_rows(
+    models: Sequence[ModelSummary], answers: Sequence[Generations], base: str, training_s: Mapping[str, float]
+) -> list[TableRow]:
     """Return the headline table, one row for each measure.
 
     Args:
         models: Summaries in the order of the columns.
         answers: What they were made from.
         base: Name of the base.
+        training_s: Seconds of training of those models of which they are known.
     """
     rows = []
     if models[0].score is not None:
@@ -121,6 +124,7 @@ def table_rows(models: Sequence[ModelSummary], answers: Sequence[Generations], b
         TableRow("Length", "tokens a response", "number", [model.length for model in models]),
         TableRow("Finished", "share of responses", "share", [model.finished for model in models]),
         TableRow("Distinct-2", "different word pairs", "share", [model.distinct_2 for model in models]),
+        TableRow("Training", "seconds", "number", [training_s.get(model.name) for model in models]),
     ]
     return [row for row in rows if any(cell is not None for cell in row.cells)]
 
@@ -157,6 +161,7 @@ class Comparison:
         reward: What gave the score; ``None`` without one.
         seed: Fixed prompts, draws and resamples.
         created: When, as text.
+        training_s: Seconds of training by the name of the model, where its curves tell them.
     """
 
     base: str
@@ -167,11 +172,12 @@ class Comparison:
     reward: str | None
     seed: int
     created: str
+    training_s: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def table(self) -> list[TableRow]:
         """The rows of the headline table."""
-        return table_rows(self.models, self.answers, self.base)
+        return table_rows(self.models, self.answers, self.base, self.training_s)
 
     @property
     def base_summary(self) -> ModelSummary:
@@ -198,6 +204,7 @@ class Comparison:
             "prompts": prompts,
             "sampling": asdict(self.sampling),
             "reward": self.reward,
+            "training_s": dict(self.training_s),
             "models": [_json_fields(model) for model in self.models],
         }
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.evaluation.curves import condense, plots_of, read_curves
+from rlhf_lightning.evaluation.curves import condense, plots_of, read_curves, training_seconds
 
 
 def test_curves_of_a_run(metrics_file: Path) -> None:
@@ -16,6 +16,18 @@ def test_curves_of_a_run(metrics_file: Path) -> None:
     assert rollout.ys[0] == pytest.approx(0.01)  # mean of 0, 0.01 and 0.02
     assert rollout.spread[0] == pytest.approx(math.sqrt(2 / 3) * 0.01)
     assert (val.xs, list(val.ys), val.spread) == ([0, 50, 100, 150], [0, 0.5, 1, 1.5], [])
+
+
+def test_training_seconds_span_resumed_parts(tmp_path: Path) -> None:
+    files: dict[str, str] = {}
+    runs: dict[str, list[dict[str, float]]] = {
+        "resumed": [{"step": 1, "time": 4.0}, {"step": 2, "time": 9.0}, {"step": 3, "time": 2.0}],
+        "silent": [{"step": 1}],
+    }
+    for name, rows in runs.items():
+        files[name] = str(tmp_path / f"{name}.jsonl")
+        Path(files[name]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert training_seconds(files) == {"resumed": 11.0}
 
 
 def test_keys_that_belong_together_share_a_plot() -> None:

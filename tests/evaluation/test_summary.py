@@ -44,24 +44,27 @@ def test_the_base_has_no_difference_to_itself() -> None:
     assert found.score_difference is None
     assert found.win_rate is None
     assert found.kl == (0.0, 0.0, 0.0)
-    alone = [row.label for row in table_rows([found], [BASE], "base")]
+    alone = [row.label for row in table_rows([found], [BASE], "base", {})]
     assert alone == ["Score", "voice", "Length", "Finished", "Distinct-2"]  # what needs a second model is left out
 
 
 def test_table_rows_say_what_they_are() -> None:
     models = [summarize(answer, BASE) for answer in (BASE, TUNED)]
-    rows = {row.label: row for row in table_rows(models, [BASE, TUNED], "base")}
+    rows = {row.label: row for row in table_rows(models, [BASE, TUNED], "base", {})}
     assert list(rows)[:4] == ["Score", "Difference in score", "Win rate", "voice"]
     assert rows["voice"].kind == "share"  # every value is 0 or 1
     assert rows["Score"].kind == "number"
     assert rows["KL divergence"].cells[0] is None
     assert rows["Win rate"].cells[0] is None
+    assert "Training" not in rows
+    timed = {row.label: row for row in table_rows(models, [BASE, TUNED], "base", {"ppo": 12.5, "another run": 3.0})}
+    assert timed["Training"].cells == [None, 12.5]
 
 
 def test_without_a_reward_there_are_no_scores() -> None:
     base, tuned = answers("base", None), answers("ppo", None, kl=2.0)
     models = [summarize(answer, base) for answer in (base, tuned)]
-    assert table_rows(models, [base, tuned], "base")[0].label == "voice"
+    assert table_rows(models, [base, tuned], "base", {})[0].label == "voice"
     assert headline(models[1], models[0]) == "ppo answers at a KL divergence of 2.00 nats a response from base."
 
 
