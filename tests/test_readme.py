@@ -2,6 +2,9 @@
 
 import re
 import shlex
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -33,7 +36,7 @@ def commands() -> list[list[str]]:
 
 
 def test_every_kind_of_command_is_shown() -> None:
-    assert {argv[0] for argv in commands()} >= set(COMMANDS) - {"test", "predict"}
+    assert {argv[0] for argv in commands()} >= set(COMMANDS) - {"test"}
 
 
 @pytest.mark.parametrize("argv", commands(), ids=" ".join)
@@ -55,7 +58,12 @@ def test_a_command_parses(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     example = next(block for block in blocks("python") if "Trainer" in block)
-    exec(compile(example, "README.md", "exec"), {})
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        exec(compile(example, "README.md", "exec"), {})
+    said = " ".join(str(warning.message) for warning in warned)
+    assert "module(s) in eval mode" not in said
+    assert "across ranks is zero" not in said
     from transformers import AutoModelForCausalLM
 
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "my-model").num_parameters() > 0
@@ -72,3 +80,33 @@ def test_every_local_link_leads_somewhere() -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", TEXT)
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def run_tool(readme: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "readme_commands.py"), "--readme", str(readme), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+
+
+def test_the_tool_that_runs_the_commands_stops_at_the_first_that_fails(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    shown = ["test -f README.md  # in a copy", "rlhf-lightning fit --config configs/smollm/ppo.yaml"]
+    shown += ["false", "echo never"]
+    readme.write_text("```python\nno\n```\n```bash\n# nothing\n" + "\n".join(shown) + "\n```\n")
+    done = run_tool(readme)
+    assert done.returncode == 1
+    table = [line.split(maxsplit=1)[1] for line in done.stdout.partition("outcome, command\n")[2].splitlines()]
+    assert table == [
+        "ok: test -f README.md",
+        "not run: needs the hub: rlhf-lightning fit --config configs/smollm/ppo.yaml",
+        "FAILED with status 1: false",
+        "in all; 3 of 4 commands",
+    ]
+
+
+@pytest.mark.slow
+def test_the_tool_asks_tensorboard_for_its_page_and_stops_it(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("```bash\ntensorboard --logdir runs\n```\n")
+    done = run_tool(readme)
+    assert done.returncode == 0, done.stdout
+    assert "started, gave its page, stopped: tensorboard --logdir runs" in done.stdout
