@@ -97,10 +97,22 @@ class Bench:
             "kl": own - base,
             "base_logprob_per_token": base / sequences.response_lengths,
             "length": sequences.response_lengths,
+            "own_distinct_2": torch.tensor([own_distinct_2(text) for text in texts]),
         }
         if self.known is not None:
             numbers["known"] = self.known.score(batch).total
         return {name: values.double().view(len(self.prompts), samples) for name, values in numbers.items()}, texts
+
+
+def own_distinct_2(text: str) -> float:
+    """Return the share of different word pairs within one text: below 1 it says things again; 1 without any pair.
+
+    Example:
+        >>> own_distinct_2("the cat the cat"), own_distinct_2("cat")
+        (0.6666666666666666, 1.0)
+    """
+    share = distinct_n([text], 2)
+    return 1.0 if math.isnan(share) else share
 
 
 def best_of_n_weights(scores: Tensor, n: int) -> Tensor:
@@ -192,14 +204,14 @@ def main() -> None:
 
 def print_table(table: dict[str, dict[str, Any]]) -> None:
     """Print the means, and the interval of J."""
-    columns = ["score", "kl", "base_logprob_per_token", "distinct_2", "length", "known"]
-    print(f"{'':24}{'J':>22}" + "".join(f"{name[:12]:>14}" for name in columns))
+    columns = ["score", "kl", "base_logprob_per_token", "own_distinct_2", "distinct_2", "length", "known"]
+    print(f"{'':24}{'J':>22}" + "".join(f"{name[:14]:>16}" for name in columns))
     for name, row in table.items():
         mean, low, high = row["J"]
         cells = [row.get(column, math.nan) for column in columns]
         numbers = [cell[0] if isinstance(cell, list) else cell for cell in cells]
         interval = f"{mean:.2f} [{low:.2f}, {high:.2f}]"
-        print(f"{name:24}{interval:>22}" + "".join(f"{number:14.3f}" for number in numbers), flush=True)
+        print(f"{name:24}{interval:>22}" + "".join(f"{number:16.3f}" for number in numbers), flush=True)
 
 
 def _options() -> argparse.Namespace:

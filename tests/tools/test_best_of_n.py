@@ -66,3 +66,9 @@ def test_j_is_the_score_less_the_price_of_the_kl(tool: ModuleType) -> None:
     assert row["J"][1] == pytest.approx(0.5)  # all resamples lie between the smallest and the largest
     assert row["J"][2] == pytest.approx(2.0)
     assert row["distinct_2"] == pytest.approx(3 / 4)
+
+
+def test_a_text_that_says_things_again_has_fewer_different_word_pairs(tool: ModuleType) -> None:
+    assert tool.own_distinct_2("the cat the cat") == pytest.approx(2 / 3)
+    assert tool.own_distinct_2("the cat sat") == 1
+    assert tool.own_distinct_2("cat") == tool.own_distinct_2("") == 1
