@@ -131,6 +131,7 @@ class PPOModule(RolloutModule):
             samples, sequences = self.sample(
                 batch, seed=self._seed("rollout"), row_ids=self._row_ids(batch, 0), report="rollout"
             )
+            self.sampler.release()
         with watch("score"):
             plan = [group for minibatch in self.batch_plan(sequences.lengths, epoch=0) for group in minibatch]
             rollout = self.score(batch, samples, sequences, groups=plan, report="score")

@@ -103,7 +103,7 @@ class RolloutModule(ModelModule):
     def sample(
         self, batch: PromptBatch, *, seed: int, row_ids: Sequence[int], report: str | None = None
     ) -> tuple[Samples, SequenceBatch]:
-        """Let the policy respond to prompts.
+        """Let the policy respond to prompts; ``sampler.release()`` is left to the caller, who may have more of them.
 
         Args:
             batch: Left-padded prompts.
@@ -126,7 +126,6 @@ class RolloutModule(ModelModule):
                 progress=self._phase(report),
                 stop_strings=self.stop_strings,
             )
-        self.sampler.release()
         return samples, SequenceBatch.join(batch.input_ids, batch.attention_mask, samples.tokens, samples.lengths)
 
     def score(
@@ -176,7 +175,12 @@ class RolloutModule(ModelModule):
         """Forget the samples of the validation before, and number the prompts anew."""
         self.val_samples, self._rows_evaluated = [], 0
 
+    def on_validation_epoch_end(self) -> None:
+        """Let the sampler free what it kept from one batch to the next."""
+        self.sampler.release()
+
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Do the same as in validation."""

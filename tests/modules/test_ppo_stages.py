@@ -108,14 +108,14 @@ class Noting(CachedSampler):
 
 
 def test_what_a_sampler_is_told(ppo: MakePPO, prompts: MakePrompts, trainer: MakeTrainer) -> None:
-    """Two updates an iteration; the version of the weights is the number of updates."""
+    """Two updates an iteration; the version of the weights is the number of updates. Two batches of validation."""
     sampler = Noting()
-    module, data = ppo(sampler=sampler, ppo_epochs=1), prompts(8, val=2)
+    module, data = ppo(sampler=sampler, ppo_epochs=1), prompts(8, val=4, val_batch_size=2)
     trainer(max_steps=2, val_check_interval=1).fit(module, datamodule=data)
-    one = ["setup", 0, "release", 2, "release", 2, "release", 4, "release", "close"]  # each iteration, then validation
+    one = ["setup", 0, "release", 2, 2, "release", 2, "release", 4, 4, "release", "close"]  # iteration, validation, ...
     assert sampler.calls == one
     trainer().validate(module, datamodule=data, verbose=False)
-    assert sampler.calls == [*one, "setup", 4, "release", "close"]
+    assert sampler.calls == [*one, "setup", 4, 4, "release", "close"]
 
 
 def test_predict_alone_gives_the_samples_of_validation(
