@@ -92,6 +92,7 @@ def generate(
     samples: int = 1,
     chat: bool | None = None,
     stop_tokens: list[str] | None = None,
+    stop_strings: list[str] | None = None,
 ) -> None:
     """Answer a prompt, or every line that is typed in.
 
@@ -107,12 +108,18 @@ def generate(
         samples: Answers to each prompt.
         chat: Put the prompt into the model's chat template; ``null`` does so where it has one.
         stop_tokens: Tokens that end an answer, as text; ``null`` takes the tokenizer's end of text.
+        stop_strings: Texts that end an answer too, such as ``Question:``; ``null`` is off.
     """
     from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
     from rlhf_lightning.rollout.sampler import SamplingConfig
 
     config = SamplingConfig(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop_tokens=stop_tokens
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop_tokens=stop_tokens,
+        stop_strings=stop_strings,
     )
     if samples < 1:
         raise UserError(f"samples is {samples}; it must be at least 1.")
@@ -134,8 +141,10 @@ def _answerer(
     from rlhf_lightning.models.loading import context_length
     from rlhf_lightning.rollout.decoding import CachedSampler
     from rlhf_lightning.rollout.sampler import resolve_stop_ids
+    from rlhf_lightning.rollout.stop_strings import resolve_stop_strings
 
     stop_ids = resolve_stop_ids(tokenizer, config.stop_tokens)
+    stop_strings = resolve_stop_strings(tokenizer, config.stop_strings)
     stop_token = config.stop_tokens[0] if config.stop_tokens else None
     encoder = ConversationEncoder(tokenizer, stop_token=stop_token, chat=chat)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -149,7 +158,14 @@ def _answerer(
             raise UserError(f"the prompt has {ids.shape[1]} tokens, but the model reads {limit}; give a shorter one.")
         within = replace(config, max_new_tokens=min(config.max_new_tokens, room))
         with torch.inference_mode():
-            drawn = sampler.sample(ids, torch.ones_like(ids).bool(), config=within, stop_ids=stop_ids, seed=seed)
+            drawn = sampler.sample(
+                ids,
+                torch.ones_like(ids).bool(),
+                config=within,
+                stop_ids=stop_ids,
+                stop_strings=stop_strings,
+                seed=seed,
+            )
         rows = zip(drawn.tokens.tolist(), drawn.lengths.tolist(), strict=True)
         return [tokenizer.decode(row[:length], skip_special_tokens=True).strip() for row, length in rows]
 

@@ -44,6 +44,15 @@ def test_greedy_answer_is_that_of_transformers(model_folder: Path, capsys: pytes
     assert answers(capsys, *argv) == tokenizer.decode(ids, skip_special_tokens=True).strip() + "\n"
 
 
+def test_an_answer_ends_with_a_stop_string(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = (f"--model={model_folder}", "--prompt=How are you?", "--max_new_tokens=8", "--temperature=0")
+    whole = answers(capsys, *argv)
+    stop = whole.split()[2]
+    cut = answers(capsys, *argv, f'--stop_strings=["{stop}"]')
+    assert len(cut) < len(whole)
+    assert cut == whole[: whole.index(stop) + len(stop)] + "\n"
+
+
 def test_plain_text_is_continued_without_the_template(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = (f"--model={model_folder}", "--prompt=How are you?", "--max_new_tokens=8", "--temperature=0")
     assert answers(capsys, *argv, "--chat=false") != answers(capsys, *argv, "--chat=true")

@@ -34,6 +34,8 @@ class ModelModule(LightningModule):
 
     #: Class of the batches that it reads.
     batch_type: type
+    #: Whether it makes use of how much better the chosen response of a pair is.
+    uses_margins = False
     #: Where the exported model's weights stand in the state dict.
     export_prefix: str
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def check_data(module: "ModelModule", data: object) -> None:
-    """Refuse data of the wrong kind, longer than the model reads, or of tokens that it does not have.
+    """Refuse data of the wrong kind, with margins that nobody reads, longer than the model reads, or of other tokens.
 
     Args:
         module: The module that is to read it.
@@ -27,6 +27,12 @@ def check_data(module: "ModelModule", data: object) -> None:
         raise UserError(
             f"{type(module).__name__} cannot read the batches of {type(data).__name__}; set data to "
             f"{' or '.join(fitting)}."
+        )
+    margin_column = getattr(data, "margin_column", None)
+    if margin_column is not None and not module.uses_margins:
+        raise UserError(
+            f"data.margin_column is {margin_column!r}, but {type(module).__name__} takes no notice of margins; "
+            "RewardModule does. Leave it out."
         )
     config, (longest, largest_id) = module.start_config(), data.extremes()
     limit, known = context_length(config), getattr(config, "vocab_size", None)

@@ -44,6 +44,7 @@ class RewardModule(ScoringModule):
     """
 
     batch_type = PairBatch
+    uses_margins = True
 
     def __init__(
         self,

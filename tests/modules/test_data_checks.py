@@ -15,6 +15,7 @@ from rlhf_lightning.data.text import DemonstrationDataModule
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.modules.base import ModelModule
 from rlhf_lightning.modules.data_checks import check_data
+from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.modules.sft import SFTModule
 
@@ -23,11 +24,11 @@ from rlhf_lightning.modules.sft import SFTModule
 def refused(trainer: Callable[..., Trainer], tmp_path: Path) -> Callable[..., str]:
     """``refused(module, data class, words=1)`` is the message for a pair whose response repeats a word."""
 
-    def attempt(module: ModelModule, kind: Any, words: int = 1) -> str:
-        row = {"prompt": "tea", "chosen": "good " * words, "rejected": "no"}
+    def attempt(module: ModelModule, kind: Any, words: int = 1, **settings: Any) -> str:
+        row = {"prompt": "tea", "chosen": "good " * words, "rejected": "no", "margin": 0.5}
         (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
         with pytest.raises(UserError) as caught:
-            trainer(max_steps=1).fit(module, datamodule=kind(str(tmp_path / "pairs.jsonl")))
+            trainer(max_steps=1).fit(module, datamodule=kind(str(tmp_path / "pairs.jsonl"), **settings))
         assert not hasattr(module, "policy")
         assert not hasattr(module, "scalar")
         return str(caught.value)
@@ -45,6 +46,12 @@ def test_batches_of_another_kind(refused: Callable[..., str], ppo: Callable[...,
     )
     assert refused(ppo(), DemonstrationDataModule) == line.format(
         "PPOModule", "DemonstrationDataModule", "PromptDataModule"
+    )
+
+
+def test_margins_that_nobody_reads(refused: Callable[..., str], demo: str) -> None:
+    assert refused(DPOModule(demo), PreferenceDataModule, margin_column="margin") == (
+        "data.margin_column is 'margin', but DPOModule takes no notice of margins; RewardModule does. Leave it out."
     )
 
 
