@@ -1,0 +1,66 @@
+"""The benchmark's own side takes turns and says where its time went; random models stop as often as they are told."""
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlhf_lightning.models.loading import resolve_model
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
+    return importlib.import_module("benchmark")
+
+
+@pytest.fixture
+def options(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    command = "benchmark.py --batch 4 --prompt 6 --response 12 --mean_length 5 --epochs 2 --rounds 2 --sides ours:2"
+    changes = "--change hidden_size=32 num_hidden_layers=1 intermediate_size=32"
+    monkeypatch.setattr(
+        sys, "argv", [*command.split(), "--shape", str(resolve_model("builtin:demo")), *changes.split()]
+    )
+    return tool.parse()
+
+
+def test_a_random_model_stops_with_the_chance_that_is_asked_for(
+    tool: ModuleType, options: argparse.Namespace, tmp_path: Path
+) -> None:
+    parameters = tool.write_models(options, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    assert parameters == sum(weights.numel() for weights in model.parameters())
+    eos = json.loads((tmp_path / "policy" / "config.json").read_text())["eos_token_id"]
+    with torch.no_grad():
+        chances = model(torch.randint(10, model.config.vocab_size, (8, 16))).logits.softmax(dim=-1)[..., eos]
+    assert chances.mean().item() == pytest.approx(1 / 5, rel=0.05)
+    assert chances.std().item() < 0.02
+
+
+def test_our_side_makes_one_iteration_a_turn(
+    tool: ModuleType, options: argparse.Namespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool.write_models(options, tmp_path)
+    start = time.process_time()
+    seconds, lengths = tool.run_turns(options, tmp_path)
+    spent = time.process_time() - start
+    assert len(seconds["ours:2"]) == 2  # the first turn counts for nothing
+    for phases in seconds["ours:2"]:
+        parts = [phases[phase] for phase in tool.PHASES[1:]]
+        assert min(parts) > 0
+        assert sum(parts) == pytest.approx(phases["iteration"])
+    assert sum(phases["iteration"] for phases in seconds["ours:2"]) < spent
+    assert 1 <= lengths["ours:2"] <= 12
+    capsys.readouterr()
+    tool.report(options, 1234, seconds, lengths, {"ours:2": 100.0})
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].startswith("1,234 parameters, batch 4, 6 + 12 tokens")
+    assert table[2].split()[2:4] == ["1.00", "(1.00"]
+    assert table[2].endswith(" 100")

@@ -1,0 +1,209 @@
+"""Measure PPO against TRL 1.12, the last release that has it: same weights, prompts, lengths and optimizer steps.
+
+    python3.11 -m venv bench && bench/bin/pip install torch && bench/bin/pip install -e '.[bench]'
+    bench/bin/python tools/benchmark.py --shape FOLDER --sides trl:2 trl:8 ours:8
+    bench/bin/python tools/benchmark.py --shape FOLDER --mean_length 48 --response 128
+    bench/bin/python tools/benchmark.py --shape FOLDER --change hidden_size=192 num_hidden_layers=8 --critic trunk
+
+FOLDER holds a config.json of a Llama and a tokenizer; weights are random and so are prompts. A side is a name and the
+rows of a micro-batch in its update. Sides take turns within one process, iteration by iteration, the first of each
+counting for nothing; ratios are those of the first side's seconds over another's in the same round. Clock: CPU seconds
+of the process on a processor, which other jobs on the machine disturb least (``--clock wall`` for wall time, which is
+what a GPU gets). Memory: each side once more, alone in a process of its own, as the largest resident size, or on a GPU
+the most that its allocator held.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+PHASES = ("iteration", "generation", "scoring", "update")
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", required=True, help="folder with config.json and tokenizer")
+    parser.add_argument("--change", nargs="*", default=[], help="entries of the config to change, name=number")
+    parser.add_argument("--sides", nargs="+", default=["trl:2", "trl:8", "ours:8"], help="name:rows of a micro-batch")
+    parser.add_argument("--critic", choices=["separate", "trunk"], default="separate", help="ours; TRL has no other")
+    parser.add_argument("--batch", type=int, default=8, help="responses of an iteration")
+    parser.add_argument("--minibatches", type=int, default=1, help="optimizer steps of an epoch")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--response", type=int, default=64, help="tokens of a response, at most")
+    parser.add_argument("--mean_length", type=int, help="responses stop by chance at about this length; else never")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=["cpu", "wall"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--precision", choices=["float32", "bf16"], default="float32", help="bf16: ours bf16-mixed")
+    parser.add_argument("--peer_weights", choices=["float32", "bf16"], default="float32", help="what TRL loads them as")
+    parser.add_argument("--no_memory", action="store_true", help="leave the runs for memory out")
+    parser.add_argument("--output", help="JSON file to write")
+    parser.add_argument("--models", help=argparse.SUPPRESS)  # of a run for memory: where the models lie
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # before torch, for the threads of the sides too
+    os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false")
+    if options.models:
+        run_turns(options, Path(options.models))
+        print(json.dumps({"peak": peak_memory(options)}))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        models = Path(folder)
+        parameters = write_models(options, models)
+        seconds, lengths = run_turns(options, models)
+        peaks = {} if options.no_memory else {side: measure_memory(side, models) for side in options.sides}
+    report(options, parameters, seconds, lengths, peaks)
+
+
+def write_models(options: argparse.Namespace, models: Path) -> int:
+    """Write the folders ``policy`` and ``reward`` and return the parameters of the policy."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(options.shape)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)  # another than its end, which TRL would mistake for it
+    config = AutoConfig.from_pretrained(options.shape)
+    config.update({name: int(value) for name, value in (change.split("=") for change in options.change)})
+    config.update({"pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id, "dtype": "float32"})
+    policy = AutoModelForCausalLM.from_config(config)
+    if options.mean_length:
+        stop_at_about(policy, tokenizer.eos_token_id, options.mean_length)
+    config.num_labels = 1
+    reward = AutoModelForSequenceClassification.from_config(config)
+    for name, model in {"policy": policy, "reward": reward}.items():
+        model.save_pretrained(models / name)
+        tokenizer.save_pretrained(models / name)
+    return sum(parameter.numel() for parameter in policy.parameters())
+
+
+def stop_at_about(policy: object, eos: int, mean_length: int) -> None:
+    """Give a random Llama the same chance of the end token everywhere, 1 in ``mean_length``.
+
+    The first channel of the residual stream is made a constant that no layer writes to; the end token's logit reads it.
+    """
+    import torch
+
+    model: object = policy
+    with torch.no_grad():
+        embedding = model.get_input_embeddings().weight  # type: ignore[attr-defined]
+        head = model.get_output_embeddings().weight  # type: ignore[attr-defined]
+        embedding[:, 0] = 1.0
+        for layer in model.model.layers:  # type: ignore[attr-defined]
+            layer.self_attn.o_proj.weight[0] = 0
+            layer.mlp.down_proj.weight[0] = 0
+        ids = torch.randint(10, len(embedding), (4, 32))
+        hidden = model.model(ids).last_hidden_state.flatten(0, 1)  # type: ignore[attr-defined]
+        logits = hidden @ head.T
+        own = logits[:, eos].clone()
+        logits[:, eos] = -torch.inf
+        wanted = logits.logsumexp(dim=1) - torch.tensor(mean_length - 1.0).log()
+        head[eos, 0] += (wanted - own).mean() / hidden[:, 0].mean()
+
+
+def run_turns(options: argparse.Namespace, models: Path) -> tuple[dict[str, list[dict[str, float]]], dict[str, float]]:
+    """Train all sides in turns; return the seconds of each round's phases, and the mean length of responses."""
+    import torch
+    from benchmark_sides import SIDES  # type: ignore[import-not-found]
+
+    torch.set_num_threads(options.threads)
+    vocabulary = json.loads((models / "policy" / "config.json").read_text())["vocab_size"]
+    generator = torch.Generator().manual_seed(1)
+    shape = (options.rounds + 1, options.batch, options.prompt)
+    prompts = torch.randint(10, vocabulary - 10, shape, generator=generator)
+    sides = {}
+    for named in options.sides:
+        name, _, rows = named.partition(":")
+        sides[named] = SIDES[name](options, int(rows or options.batch), models, prompts, read_clock(options))
+        sides[named].start()
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    for number in range(options.rounds + 1):
+        for name, side in sides.items():
+            phases = side.iterate()
+            if number:
+                seconds[name].append(phases)
+                print(name, {phase: round(value, 2) for phase, value in phases.items()}, file=sys.stderr, flush=True)
+    return seconds, {name: float(statistics.mean(map(float, side.lengths))) for name, side in sides.items()}
+
+
+def read_clock(options: argparse.Namespace) -> Callable[[], float]:
+    """Return the function that tells the time."""
+    import torch
+
+    if options.device == "cuda":
+
+        def when_the_device_is_done() -> float:
+            torch.cuda.synchronize()
+            return time.perf_counter()
+
+        return when_the_device_is_done
+    return time.process_time if options.clock == "cpu" else time.perf_counter
+
+
+def measure_memory(side: str, models: Path) -> float:
+    """Run one side alone for two iterations in a process of its own and return its peak in MiB."""
+    given = [argument for argument in sys.argv[1:] if argument != "--no_memory"]
+    arguments = [*given, "--models", str(models), "--sides", side, "--rounds", "1"]
+    program = [sys.executable, __file__, *arguments]
+    printed = subprocess.run(program, check=True, capture_output=True, text=True).stdout
+    return float(json.loads(printed.strip().splitlines()[-1])["peak"])
+
+
+def peak_memory(options: argparse.Namespace) -> float:
+    """Return the largest memory of this process so far, in MiB."""
+    import torch
+
+    if options.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    # Not getrusage, whose maximum a child process takes over from the one that started it.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 2**10
+
+
+def report(
+    options: argparse.Namespace,
+    parameters: int,
+    seconds: dict[str, list[dict[str, float]]],
+    lengths: dict[str, float],
+    peaks: dict[str, float],
+) -> None:
+    """Print a table, and write the same as JSON."""
+    first = options.sides[0]
+    print(f"{parameters:,} parameters, batch {options.batch}, {options.prompt} + {options.response} tokens, seconds")
+    print(f"{'':10}" + "".join(f"{phase:>34}" for phase in PHASES) + f"{'mean length':>14}{'MiB':>8}")
+    rows = {}
+    for name, rounds in seconds.items():
+        cells, row = [], {"rounds": rounds, "mean_length": lengths[name], "peak_mib": peaks.get(name)}
+        for phase in PHASES:
+            values = [phases[phase] for phases in rounds]
+            ratios = [base[phase] / value for base, value in zip(seconds[first], values, strict=True)]
+            median, ratio = statistics.median(values), statistics.median(ratios)
+            cells.append(f"{median:.2f}: {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+            row[phase] = {"median": median, "ratio": ratio, "least": min(ratios), "most": max(ratios)}
+        rows[name] = row
+        memory = f"{peaks[name]:8.0f}" if name in peaks else f"{'-':>8}"
+        print(f"{name:10}" + "".join(f"{cell:>34}" for cell in cells) + f"{lengths[name]:14.1f}" + memory)
+    if options.output:
+        versions = {name: version(name) for name in ("torch", "transformers", "lightning", "trl")}
+        machine = {"processor": platform.processor() or platform.machine(), "versions": versions}
+        result = {"options": vars(options), "parameters": parameters, **machine, "sides": rows}
+        Path(options.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
