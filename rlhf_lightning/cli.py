@@ -144,6 +144,7 @@ class TrainerCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer around the run folder; what the user set stays, what he left open is filled in."""
         settings = dict(self._get(self.config_init, "trainer"))
+        _refuse_automatic_optimization(self.model, settings)
         if settings["max_epochs"] is None and settings["max_steps"] == -1 and settings["max_time"] is None:
             kwargs.setdefault("max_epochs", 1)
         if not settings["barebones"]:
@@ -250,6 +251,19 @@ def run_command(argv: list[str]) -> None:
         ) from refusal
     finally:
         leave_group()
+
+
+def _refuse_automatic_optimization(module: ModelModule, settings: dict[str, Any]) -> None:
+    """Name a module's own knob where the Trainer's cannot reach its optimization."""
+    for name, off, own in (
+        ("gradient_clip_val", None, "max_grad_norm"),
+        ("accumulate_grad_batches", 1, "micro_batch_size"),
+    ):
+        if settings[name] not in (off, 0) and not module.automatic_optimization and hasattr(module, own):
+            raise UserError(
+                f"trainer.{name} is {settings[name]}, but {type(module).__name__} optimizes by itself; set "
+                f"model.{own} instead."
+            )
 
 
 class _WithoutAdvertisements(logging.Filter):

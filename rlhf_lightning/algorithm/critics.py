@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.models.causal_lm import ResponsePass
-from rlhf_lightning.models.loading import load_sequence_classifier
+from rlhf_lightning.models.loading import is_sequence_classifier, load_sequence_classifier
 from rlhf_lightning.models.scalar_head import ScalarModel
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class SeparateCritic(Critic):
         if hasattr(self, "scalar"):
             return
         model = load_sequence_classifier(self.init_from or policy_name, new_head=True)
-        if not any("SequenceClassification" in kind for kind in model.config.architectures or []):
+        if not is_sequence_classifier(model.config):
             nn.init.zeros_(model.score.weight)
         self.scalar = ScalarModel(model)
 

@@ -205,8 +205,14 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> EvalBatches[Example, Batch]:
-        """Return the validation rows, or all rows of the source where there are none."""
-        return self._eval_batches(self.val_examples or self.train_examples)
+        """Return the validation rows, or all rows of the source where there are none, and say which."""
+        examples = self.val_examples or self.train_examples
+        taken_off = self.val_examples and not self.val_source and not self.val_split
+        which = f"{'the validation' if self.val_examples else 'all'} rows {'taken off' if taken_off else 'of'}"
+        if self._place()[0] == 0:
+            source = self.val_source if self.val_examples and self.val_source else self.source
+            log.info("predicting %s %s (%d); for others set val_source.", which, source, len(examples))
+        return self._eval_batches(examples)
 
     def _read(self, *, with_train: bool) -> None:
         self.counts.clear()

@@ -128,6 +128,11 @@ def load_causal_lm(
     return disable_dropout(model).train()
 
 
+def is_sequence_classifier(config: "PretrainedConfig") -> bool:
+    """Tell whether the files that a config belongs to have a head for scores."""
+    return any("SequenceClassification" in architecture for architecture in config.architectures or [])
+
+
 def load_sequence_classifier(
     name: str, *, dtype: torch.dtype = torch.float32, new_head: bool = False
 ) -> "PreTrainedModel":
@@ -145,7 +150,7 @@ def load_sequence_classifier(
     from transformers import AutoModelForSequenceClassification
 
     config = load_config(name)
-    has_head = any("SequenceClassification" in architecture for architecture in config.architectures or [])
+    has_head = is_sequence_classifier(config)
     if has_head and config.num_labels != 1:
         raise UserError(
             f"model {name!r} has {config.num_labels} labels; a reward model has exactly 1 (one scalar score). "

@@ -58,6 +58,10 @@ class RolloutModule(ModelModule):
         lr_scheduler: LRSchedulerCallable | None,
     ) -> None:
         super().__init__(policy, optimizer, lr_scheduler)
+        given: object = reward  # from Python it may be anything
+        if not isinstance(given, RewardSource):
+            kind = type(given).__name__
+            raise UserError(f"reward is a {kind}, not a RewardSource; of a function make one by FunctionReward(...).")
         if sampling.temperature == 0:
             raise UserError("sampling.temperature is 0; PPO needs responses drawn at random, so a value above 0.")
         self.reference_name, self.reward, self.critic = reference, reward, critic

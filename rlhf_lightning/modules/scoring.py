@@ -1,6 +1,7 @@
 """What the modules that train a reward model share: the model, its head, and what its config tells those who use it."""
 
 import json
+import logging
 from abc import abstractmethod
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,14 @@ from rlhf_lightning.algorithm.score_transforms import global_moments
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.models.export import CHECKPOINT_KEY
-from rlhf_lightning.models.loading import load_sequence_classifier
+from rlhf_lightning.models.loading import is_sequence_classifier, load_sequence_classifier
 from rlhf_lightning.models.scalar_head import ScalarModel, ensure_distinct_pad
 from rlhf_lightning.modules.base import ModelModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 #: Entries of the exported config that are found in training.
 _NOTED = ("scored_token_id", "score_mean", "score_std")
@@ -54,6 +57,7 @@ class ScoringModule(ModelModule):
         self.head_std, self.store_score_statistics = head_std, store_score_statistics
         self._seen_scores: list[Tensor] = []
         self._measured_at: int | None = None
+        self._untrained_head = False
 
     @abstractmethod
     def batch_scores(self, batch: Any) -> Tensor:
@@ -73,6 +77,14 @@ class ScoringModule(ModelModule):
                 nn.init.normal_(head.weight, std=self.head_std)
             ensure_distinct_pad(model, self.tokenizer)
             self.scalar = ScalarModel(model)
+            self._untrained_head = not is_sequence_classifier(self.start_config())
+
+    def on_validation_start(self) -> None:
+        """Say so where a head is judged that has had no training."""
+        if self._untrained_head and self.trainer.state.fn != TrainerFn.FITTING:
+            log.warning("the scalar head is untrained, its scores are random: name a checkpoint by --ckpt_path.")
+
+    on_test_start = on_predict_start = on_validation_start
 
     def on_train_start(self) -> None:
         """Forget the statistics of other weights, and make sure that there is something to measure new ones on.
@@ -85,6 +97,7 @@ class ScoringModule(ModelModule):
                 "store_score_statistics needs validation rows to measure the scores on; set data.val_source or "
                 "data.val_size."
             )
+        self._untrained_head = False
         if self.trainer.global_step == 0 or not self.store_score_statistics:
             for name in ("score_mean", "score_std"):
                 vars(self._config).pop(name, None)
@@ -115,8 +128,9 @@ class ScoringModule(ModelModule):
         self.on_validation_epoch_end()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over what the checkpoint's config tells of the scores."""
+        """Take over what the checkpoint's config tells of the scores, and its head as trained."""
         super().on_load_checkpoint(checkpoint)
+        self._untrained_head = False
         config = json.loads(checkpoint[CHECKPOINT_KEY]["files"]["config.json"])
         for name in _NOTED:
             if config.get(name) is not None:

@@ -3,7 +3,7 @@
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +16,7 @@ from rlhf_lightning.functional.rewards import normalize_scores
 from rlhf_lightning.functional.sequences import SequenceBatch, pad_sequences
 from rlhf_lightning.models.loading import foreign_token, load_config, load_sequence_classifier, load_tokenizer
 from rlhf_lightning.models.scalar_head import ScalarModel
-from rlhf_lightning.rollout.user_functions import as_numbers, call_with_columns, columns_of, load_function
+from rlhf_lightning.rollout.user_functions import as_numbers, call_with_columns, columns_of, named_function
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,15 +155,14 @@ class FunctionReward(RewardSource):
     """A Python function ``f(prompts, responses, **columns) -> list of numbers``.
 
     Args:
-        function: ``package.module:name`` or ``path/to/file.py:name``. ``columns`` are the other columns of the prompts'
-            rows, a list each; a function without ``**`` gets those that it names.
+        function: The function, or where it is: ``package.module:name`` or ``path/to/file.py:name``. ``columns`` are the
+            other columns of the prompts' rows, a list each; a function without ``**`` gets those that it names.
         name: Under which its scores are logged; ``None`` takes the function's.
     """
 
-    def __init__(self, function: str, name: str | None = None) -> None:
+    def __init__(self, function: str | Callable[..., Sequence[Any]], name: str | None = None) -> None:
         super().__init__()
-        self.function = load_function(function)
-        self.name = name or function.rsplit(":", 1)[-1]
+        self.function, self.name = named_function(function, name)
 
     def score(self, batch: ScoringBatch) -> Scores:
         """Call the function once with the whole batch, and check what comes back."""
@@ -194,15 +193,14 @@ class TokenFunctionReward(RewardSource):
     do not touch rewards of single tokens.
 
     Args:
-        function: ``package.module:name`` or ``path/to/file.py:name``. ``columns`` are the other columns of the prompts'
-            rows, a list each; a function without ``**`` gets those that it names.
+        function: The function, or where it is: ``package.module:name`` or ``path/to/file.py:name``. ``columns`` are the
+            other columns of the prompts' rows, a list each; a function without ``**`` gets those that it names.
         name: Under which its scores are logged; ``None`` takes the function's.
     """
 
-    def __init__(self, function: str, name: str | None = None) -> None:
+    def __init__(self, function: str | Callable[..., Sequence[Any]], name: str | None = None) -> None:
         super().__init__()
-        self.function = load_function(function)
-        self.name = name or function.rsplit(":", 1)[-1]
+        self.function, self.name = named_function(function, name)
 
     def setup(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Keep the tokenizer, which knows how tokens are written."""

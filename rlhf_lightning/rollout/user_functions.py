@@ -43,6 +43,35 @@ def load_function(path: str) -> Callable[..., Sequence[Any]]:
     return function
 
 
+def named_function(
+    function: str | Callable[..., Sequence[Any]], name: str | None
+) -> tuple[Callable[..., Sequence[Any]], str]:
+    """Return a reward function and what it is called.
+
+    Args:
+        function: The function itself, or where it is: see :func:`load_function`.
+        name: What to call it; ``None`` takes its own name.
+
+    Raises:
+        UserError: If it cannot be found, or cannot take prompts and responses by place.
+    """
+    if isinstance(function, str):
+        path, function = function, load_function(function)
+        name = name or path.rsplit(":", 1)[-1]
+    name = name or str(getattr(function, "__name__", type(function).__name__))
+    signature = inspect.signature(function)
+    kinds = [parameter.kind for parameter in signature.parameters.values()]
+    by_place = sum(
+        kind in {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD} for kind in kinds
+    )
+    if by_place < 2 and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        raise UserError(
+            f"reward function {name!r} has the form {name}{signature}; it must take prompts and responses by place: "
+            f"{name}(prompts, responses, **columns)."
+        )
+    return function, name
+
+
 def _module_of_file(path: Path) -> ModuleType:
     if not path.is_file():
         siblings = [entry.name for entry in path.parent.glob("*.py")]

@@ -79,6 +79,18 @@ def test_training_rows_are_read_only_for_training(tmp_path: Path, stage: str) ->
     assert [tuple(e.chosen_ids) for e in both.val_examples] == [tuple(e.chosen_ids) for e in again.val_examples]
 
 
+def test_predict_says_which_rows_it_takes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "rlhf_lightning")
+    source, val = write(tmp_path, PAIRS), write(tmp_path, PAIRS[:3], "val.jsonl")
+    for settings, told in (
+        ({"val_source": val}, f"predicting the validation rows of {val} (3); for others set val_source."),
+        ({"val_size": 6}, f"predicting the validation rows taken off {source} (6); for others set val_source."),
+        ({}, f"predicting all rows of {source} (20); for others set val_source."),
+    ):
+        pairs(source, "predict", **settings).predict_dataloader()
+        assert caplog.records[-1].getMessage() == told
+
+
 def test_without_validation_rows_fit_runs_and_validate_says_what_is_missing(tmp_path: Path) -> None:
     data = pairs(write(tmp_path, PAIRS))
     assert data.val_dataloader() == []

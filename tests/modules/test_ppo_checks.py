@@ -78,6 +78,12 @@ def test_as_many_tokens_as_the_policy_reads_will_do(ppo: MakePPO, prompts: MakeP
     assert module.counters["iterations"] == 1
 
 
+def test_refuses_a_bare_function_as_reward(language_model: str) -> None:
+    reward: Any = len
+    with pytest.raises(UserError, match=r"reward is a builtin_function_or_method, .* make one by FunctionReward"):
+        PPOModule(language_model, reward)
+
+
 @pytest.mark.parametrize("part", ["reference", "critic", "reward model"])
 def test_refuses_more_tokens_than_another_model_reads(
     refused: Callable[..., str], save_model: SaveModel, tmp_path: Path, part: str

@@ -93,6 +93,26 @@ def test_every_validation_starts_from_nothing(reward_model: str, trainer: MakeTr
     assert trainer().validate(module, loader(2), verbose=False) == first
 
 
+def test_a_head_without_training_is_not_judged_in_silence(
+    trained: tuple[RewardModule, Path],
+    language_model: str,
+    reward_model: str,
+    trainer: MakeTrainer,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def told() -> list[str]:
+        return [record.message for record in caplog.records if record.name == "rlhf_lightning.modules.scoring"]
+
+    trainer().validate(RewardModule(language_model), loader(5), verbose=False)
+    assert told() == ["the scalar head is untrained, its scores are random: name a checkpoint by --ckpt_path."]
+    caplog.clear()
+    module, checkpoint = trained
+    trainer().validate(RewardModule(language_model), loader(5), ckpt_path=checkpoint, verbose=False)
+    trainer().validate(module, loader(5), verbose=False)
+    trainer().validate(RewardModule(reward_model), loader(5), verbose=False)
+    assert not told()
+
+
 def test_predict_gives_both_scores(reward_model: str, trainer: MakeTrainer) -> None:
     predictions: Any = trainer().predict(RewardModule(reward_model), loader(2))
     for side, place in (("chosen", 1), ("rejected", 2)):

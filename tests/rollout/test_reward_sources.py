@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_lightning.errors import UserError
@@ -18,7 +17,6 @@ from rlhf_lightning.rollout.reward_sources import (
     ScoringBatch,
     TokenFunctionReward,
     WeightedSum,
-    same_tokenization,
 )
 
 REWARDS = """
@@ -377,38 +375,3 @@ class TestRewardModel:
             RewardModel("x", batch_size=0)
         with pytest.raises(UserError, match="not a reward model"):
             RewardModel("builtin:demo").setup(word_tokenizer)
-
-
-class TestSameTokenization:
-    @staticmethod
-    def words(*names: str, splitter: Any = None, template: str | None = None) -> PreTrainedTokenizerFast:
-        backend = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="a"))
-        backend.pre_tokenizer = splitter or pre_tokenizers.WhitespaceSplit()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="a")
-        tokenizer.chat_template = template
-        return tokenizer
-
-    def test_equal_ones(self) -> None:
-        assert same_tokenization(self.words("a", "b"), self.words("a", "b"))
-
-    def test_one_may_have_a_special_token_more(self) -> None:
-        policy, reward = self.words("a", "b"), self.words("a", "b")
-        reward.add_special_tokens({"pad_token": "<|pad|>"})
-        assert same_tokenization(policy, reward)
-        assert not same_tokenization(reward, policy)  # its pad token would mean nothing
-
-    def test_what_makes_them_differ(self) -> None:
-        one = self.words("a", "b")
-        assert not same_tokenization(one, self.words("b", "a"))
-        assert not same_tokenization(one, self.words("a", "b", splitter=pre_tokenizers.Punctuation()))
-        assert not same_tokenization(one, self.words("a", "b", template="{{ messages }}"))
-        assert same_tokenization(self.words("a", "b", template="x"), self.words("a", "b", template="x"))
-        # A longer model would have taken "ab" where the policy took two tokens.
-        assert not same_tokenization(one, self.words("a", "b", "ab"))
-
-    def test_real_ones(self, shared_data: Path, smollm_tokenizer: PreTrainedTokenizerBase) -> None:
-        folder = shared_data / "tokenizers"
-        assert same_tokenization(smollm_tokenizer, load_tokenizer(str(folder / "smollm-135m-instruct")))
-        # The same vocabulary, but another chat template.
-        assert not same_tokenization(smollm_tokenizer, load_tokenizer(str(folder / "smollm2-135m-instruct")))
-        assert not same_tokenization(smollm_tokenizer, load_tokenizer("builtin:demo"))

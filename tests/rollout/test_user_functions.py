@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.rollout.user_functions import columns_of, load_function
+from rlhf_lightning.rollout.user_functions import columns_of, load_function, named_function
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,25 @@ def test_functions_of_installed_modules() -> None:
 def test_rows_become_columns() -> None:
     rows = [{"a": 1, "responses": "x"}, {"b": 2, "prompts": "y"}]
     assert columns_of(rows) == {"a": [1, None], "b": [None, 2]}
+
+
+def test_a_function_itself_is_taken_under_its_own_name() -> None:
+    def short(prompts: list[str], responses: list[str]) -> list[float]:
+        return [-len(response) for response in responses]
+
+    assert named_function(short, None) == (short, "short")
+    assert named_function(short, "brief") == (short, "brief")
+    assert named_function("statistics:correlation", None)[1] == "correlation"
+
+
+def test_a_function_without_room_for_prompts_and_responses_is_refused() -> None:
+    def trl_style(completions: list[str], **columns: object) -> list[float]:
+        return []
+
+    with pytest.raises(UserError) as error:
+        named_function(trl_style, None)
+    assert str(error.value).endswith(
+        "it must take prompts and responses by place: trl_style(prompts, responses, **columns)."
+    )
+    anything = named_function(lambda *texts, **columns: [], "anything")  # has room
+    assert anything[1] == "anything"
