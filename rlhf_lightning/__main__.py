@@ -9,6 +9,7 @@ import sys
 from typing import TextIO
 
 from rlhf_lightning.errors import UserError, did_you_mean
+from rlhf_lightning.interruption import INTERRUPTED
 
 TRAINER_COMMANDS = {
     "fit": "train a module: SFTModule, RewardModule, PPOModule or your own",
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {' '.join(str(mistake).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except SystemExit as ending:
         return _status(ending)
 
@@ -128,7 +129,9 @@ def _refuse_command(word: str) -> int:
 
 
 def _status(ending: SystemExit) -> int:
-    if type(ending).__name__ == "SIGTERMException":
+    if isinstance(ending.__context__, KeyboardInterrupt):
+        return INTERRUPTED  # Lightning catches it and exits with 1.
+    if type(ending).__name__ == "SIGTERMException" and ending.code is None:
         return 143
     if ending.code is None or isinstance(ending.code, int):
         return ending.code or 0

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rlhf_lightning.callbacks.predictions import next_free
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.interruption import INTERRUPTED, Interruption
 from rlhf_lightning.models.export import check_is_checkpoint
 
 if TYPE_CHECKING:
@@ -165,15 +166,20 @@ def refuse_fewer_steps(checkpoint: str | None, max_steps: int) -> None:
         UserError: If the checkpoint was written after more steps than ``max_steps``, which is -1 where there is no such
             limit.
     """
-    if checkpoint is None or max_steps < 0 or not Path(checkpoint).is_file():
-        return
+    done = None if checkpoint is None or max_steps < 0 else _step_of(Path(checkpoint))
+    if done is not None and done > max_steps:
+        raise UserError(
+            f"'{checkpoint}' was written after {done} steps, more than trainer.max_steps {max_steps}; set more "
+            "to go on from it."
+        )
+
+
+def _step_of(checkpoint: Path) -> int | None:
+    """Return the step a checkpoint was written after; ``None`` for one that is in parts or holds objects."""
     with contextlib.suppress(pickle.UnpicklingError):
-        done = torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True).get("global_step", 0)
-        if done > max_steps:
-            raise UserError(
-                f"'{checkpoint}' was written after {done} steps, more than trainer.max_steps {max_steps}; set more "
-                "to go on from it."
-            )
+        if checkpoint.is_file():
+            return int(torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True).get("global_step", 0))
+    return None
 
 
 def run_of_checkpoint(checkpoint: str | None) -> Path | None:
@@ -249,7 +255,7 @@ class RunCheckpoint(Checkpoint):
 
     A checkpoint is written beside its final name, flushed to the disk and moved into place, so that whoever is killed
     finds the earlier one whole. It is written between two training steps only, at the end of training, and when the
-    process is asked to stop (SIGTERM).
+    process is asked to stop (SIGTERM, or a first Ctrl-C, which lets the step end; a second stops at once).
 
     Args:
         every_n_minutes: Time between two checkpoints; 0 writes none by the clock. More often loses less work to a
@@ -267,6 +273,8 @@ class RunCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self._saved_step = -1
         self._saved_time = time.monotonic()
+        self._validated = False  # since it was saved
+        self._interruption = Interruption()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove what a killed run left half-written."""
@@ -274,15 +282,16 @@ class RunCheckpoint(Checkpoint):
             _unfinished(self._path(trainer)).unlink(missing_ok=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._saved_time = time.monotonic()
-        self._saved_step = trainer.global_step
+        """Start the clock, and listen for Ctrl-C."""
+        self._saved_step, self._saved_time, self._validated = trainer.global_step, time.monotonic(), False
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._interruption.listen()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save where the count or the clock says so."""
-        if self._saved_step == trainer.global_step:
+        """Save where the count or the clock says so, or stop where that is asked for."""
+        if self._interruption.stops(trainer) or self._saved_step == trainer.global_step:
             return
         due = self.every_n_steps > 0 and trainer.global_step % self.every_n_steps == 0
         if self.every_n_minutes > 0 and time.monotonic() - self._saved_time > 60 * self.every_n_minutes:
@@ -292,14 +301,46 @@ class RunCheckpoint(Checkpoint):
         if due:
             self._save(trainer)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the validation of the last step run to its end: half of one gives no numbers."""
+        self._interruption.wait(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop where that was asked for before or meanwhile."""
+        self._validated = True
+        self._interruption.stops(trainer)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end of training."""
         self._save(trainer)
+        if self._interruption.stops(trainer):
+            raise SIGTERMException  # Lightning has looked for the last time.
+        self._interruption.forget()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save when asked to stop; Lightning finishes the training step before it says so."""
-        if isinstance(exception, SIGTERMException) and trainer.global_step != self._saved_step:
-            self._save(trainer)
+        try:
+            if isinstance(exception, SIGTERMException):
+                if self._interruption.agreed:
+                    # Lightning kills the first process when one that it started from there fails.
+                    exception.code = INTERRUPTED if trainer.local_rank == 0 else 0
+                if self._validated or trainer.global_step != self._saved_step:
+                    self._save(trainer)
+        finally:
+            self._interruption.forget()
+            if isinstance(exception, SIGTERMException | KeyboardInterrupt):
+                self._say_what_is_kept(trainer)
+
+    def _say_what_is_kept(self, trainer: Trainer) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        path = self._path(trainer)
+        if not path.exists():
+            logger.warning("no checkpoint was written; --ckpt_path auto would start from the beginning")
+            return
+        step = _step_of(path)
+        name = "checkpoint" if step is None else f"checkpoint of step {step}"
+        logger.warning("%s: %s; --ckpt_path auto takes it up", name, path)
 
     def _path(self, trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / LAST_CHECKPOINT
@@ -313,7 +354,7 @@ class RunCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             _put_in_place(unfinished, path)
         trainer.strategy.barrier("RunCheckpoint")
-        self._saved_step, self._saved_time = trainer.global_step, time.monotonic()
+        self._saved_step, self._saved_time, self._validated = trainer.global_step, time.monotonic(), False
 
 
 def _unfinished(path: Path) -> Path:

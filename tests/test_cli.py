@@ -1,6 +1,8 @@
 """The Trainer's commands on a module of one weight, and on a tiny language model."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,6 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -93,9 +94,14 @@ class Recorder(Callback):
 
 
 class StopSignal(Callback):
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if trainer.global_step == 3:
-            raise SIGTERMException
+    """Sends a signal within the third step."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.Signals[self.name])
 
 
 BASE = ["--model=WeightModule", "--data=ZerosDataModule", "--trainer.accelerator=cpu"]
@@ -325,9 +331,11 @@ def test_bug_keeps_its_traceback() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")
-def test_request_to_stop_saves_and_ends_with_its_own_status() -> None:
-    assert fit("--run_dir=run", "--trainer.callbacks=StopSignal", "--trainer.callbacks.dict_kwargs={}") == 143
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_request_to_stop_saves_and_ends_with_its_own_status(name: str, status: int) -> None:
+    assert fit("--run_dir=run", "--trainer.callbacks=StopSignal", f"--trainer.callbacks.name={name}") == status
     assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
+    assert not Path("run/model").exists()
     assert fit("--run_dir=run", "--ckpt_path=last") == 0
     assert float(Path("run/model/weight").read_text()) == pytest.approx(0.8**4)
 
