@@ -58,10 +58,13 @@ class OneLineErrors(jsonargparse.ArgumentParser):
         prog = re.sub(r" \[options\]", "", self.prog)
         self.exit(2, f"See all keys and their meaning: {prog} --help\n")
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> jsonargparse.Namespace:  # type: ignore[override]
+    def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> jsonargparse.Namespace:  # type: ignore[override]
         """Parse as jsonargparse does; a config that is no text, and a misplaced null, are reported like the rest."""
+        if args is not None and not self.exit_on_error:
+            # A nested parser gets the null of a command line written as Python does, and would read it as text.
+            args = [f"{argument[:-4]}null" if argument.endswith("=None") else argument for argument in args]
         try:
-            settings = super().parse_args(*args, **kwargs)
+            settings = super().parse_args(args, *more, **kwargs)
         except UnicodeDecodeError as fault:
             self.error(str(fault), fault)
         for path, typehint in misplaced_nulls(settings, []) if self.exit_on_error else ():

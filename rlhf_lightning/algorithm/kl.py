@@ -1,5 +1,6 @@
 """How much a nat of divergence from the reference costs, and how that divergence is estimated."""
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.kl import kl_k1, kl_k2, kl_k3
+
+log = logging.getLogger(__name__)
 
 Estimator = Literal["k1", "k2", "k3"]
 Place = Literal["reward", "loss"]
@@ -31,6 +34,10 @@ class KLControl:
             raise UserError(f"kl: estimator is {estimator!r}; it must be one of {', '.join(_ESTIMATORS)}.")
         if place not in ("reward", "loss"):
             raise UserError(f"kl: place is {place!r}; it must be reward or loss.")
+        if coef and place == "loss" and estimator == "k1":
+            log.warning(
+                "kl: k1 in the loss has a gradient of zero in expectation and holds nothing back; take k2 or k3."
+            )
         self.coef, self.estimator, self.place = coef, estimator, place
 
     @property

@@ -1,5 +1,6 @@
 """Kahneman-Tversky optimisation: the policy learns from single responses that were found good or bad."""
 
+import logging
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,6 +16,8 @@ from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.metrics import MaskedMean
 from rlhf_lightning.models.causal_lm import response_logprobs
 from rlhf_lightning.modules.reference import ReferenceModule, mean_over_processes
+
+log = logging.getLogger(__name__)
 
 
 class LabelledOutcome(NamedTuple):
@@ -84,6 +87,26 @@ class KTOModule(ReferenceModule):
         self.beta, self.threshold, self.weights = beta, threshold, weights
         names = ("loss", "kl", "reward_desirable", "reward_undesirable", "logprob_desirable", "logprob_undesirable")
         self.val_means = cast("dict[str, MaskedMean]", nn.ModuleDict({name: MaskedMean() for name in names}))
+
+    def on_fit_start(self) -> None:
+        """Refuse data from which nothing can be learnt.
+
+        Raises:
+            UserError: If batches have one row, or all rows are good, or all bad.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if getattr(data, "batch_size", 2) * self.trainer.world_size < 2:
+            raise UserError("data.batch_size is 1; KTOModule compares the rows of a batch, so it must be at least 2.")
+        labels = [example.label for example in getattr(data, "train_examples", [])]
+        good = sum(label > self.threshold for label in labels)
+        if labels and good in (0, len(labels)):
+            kind, word = ("above", "good") if good else ("at or below", "bad")
+            raise UserError(
+                f"all {len(labels)} labels lie {kind} model.threshold {self.threshold:g}, so all rows are {word}; "
+                "KTOModule needs both kinds. Set model.threshold between them."
+            )
+        if labels and self.global_rank == 0:
+            log.info("labels: %d good (above %g), %d bad", good, self.threshold, len(labels) - good)
 
     def training_step(self, batch: LabelledBatch, batch_idx: int) -> Tensor:
         """Return the mean loss of the responses of all processes."""

@@ -17,11 +17,15 @@ from rlhf_lightning.algorithm.objectives import ClippedObjective, ClippedValueOb
 from rlhf_lightning.algorithm.score_transforms import ScoreTransform, load_transforms
 from rlhf_lightning.data.collate import PromptBatch
 from rlhf_lightning.distributed import global_sum, world_size
-from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.losses import ValueLoss, token_mean_weights
 from rlhf_lightning.models.causal_lm import ResponsePass, response_pass
 from rlhf_lightning.modules.manual import accumulating, clip_and_step, counted_as_one_step
-from rlhf_lightning.modules.ppo_checks import check_configuration, check_first_minibatch, check_numbers
+from rlhf_lightning.modules.ppo_checks import (
+    check_configuration,
+    check_critic_parts,
+    check_first_minibatch,
+    check_numbers,
+)
 from rlhf_lightning.modules.ppo_report import Stopwatch, UpdateSums, rollout_metrics, sample_rows
 from rlhf_lightning.modules.rollout_module import RolloutModule
 from rlhf_lightning.rollout.collect import Rollout, length_sorted
@@ -87,11 +91,7 @@ class PPOModule(RolloutModule):
     ) -> None:
         check_numbers(ppo_epochs, minibatch_size, micro_batch_size, max_grad_norm)
         advantages = advantages or GAE()
-        if critic is not None and not advantages.needs_critic:
-            raise UserError(
-                f"advantages is {type(advantages).__name__}, which needs no critic, but critic is "
-                f"{type(critic).__name__}; leave one of them out."
-            )
+        check_critic_parts(advantages, {"critic": critic, "value_objective": value_objective})
         super().__init__(
             policy,
             reward,
@@ -245,12 +245,14 @@ class PPOModule(RolloutModule):
         loss = policy_loss.loss
         if objective.entropy_coef and output.entropy is not None:
             loss = loss - objective.entropy_coef * (weights * output.entropy).sum()
+        kl_loss = None
         if self.kl.loss_coef:
-            loss = loss + self.kl.loss_coef * (weights * self.kl.estimate(output.logprobs, part.ref_logprobs)).sum()
+            kl_loss = self.kl.loss_coef * (weights * self.kl.estimate(output.logprobs, part.ref_logprobs)).sum()
+            loss = loss + kl_loss
         value_loss = self._value_loss(part, output, size)
         if value_loss is not None:
             loss = loss + self.value_objective.coef * value_loss.loss
-        sums.add_micro_batch(loss, policy_loss, value_loss, output.entropy, part.response_mask)
+        sums.add_micro_batch(loss, policy_loss, value_loss, kl_loss, output.entropy, part.response_mask)
         return loss
 
     def _value_loss(self, part: Experience, output: ResponsePass, size: MinibatchSize) -> ValueLoss | None:
@@ -273,7 +275,7 @@ class PPOModule(RolloutModule):
         metrics: dict[str, Tensor | float] = {}
         policy_learnt = not self.warming_up  # as it was in this iteration, before that is counted
         metrics |= rollout_metrics(rollout, prefix="rollout", rewards=experience.rewards)
-        metrics |= sums.metrics(experience, values=self.critic is not None)
+        metrics |= sums.metrics(experience, values=self.critic is not None, kl_loss=self.kl.loss_coef > 0)
         episodes, tokens = global_sum(
             torch.tensor([len(rollout.responses), int(experience.response_mask.sum())], device=self.device)
         ).tolist()

@@ -15,6 +15,7 @@ from rlhf_lightning.rollout.collect import Rollout
 from rlhf_lightning.rollout.reward_sources import RewardModel, RewardSource
 
 if TYPE_CHECKING:
+    from rlhf_lightning.algorithm.advantages import AdvantageEstimator
     from rlhf_lightning.algorithm.experience import Experience
     from rlhf_lightning.modules.ppo import PPOModule
 
@@ -101,6 +102,16 @@ def check_lengths(module: "PPOModule", max_prompt_length: int) -> None:
             )
 
 
+def check_critic_parts(advantages: "AdvantageEstimator", given: dict[str, object]) -> None:
+    """Refuse what only a critic makes use of where the advantages need none."""
+    for name, part in given.items():
+        if part is not None and not advantages.needs_critic:
+            raise UserError(
+                f"advantages is {type(advantages).__name__}, which needs no critic, but {name} is "
+                f"{type(part).__name__}; leave one of them out."
+            )
+
+
 def check_tokenizers(module: "PPOModule") -> None:
     """Refuse a reference or a critic of their own to which the policy's tokens mean something else."""
     names = {"reference": module.reference_name, "critic.init_from": getattr(module.critic, "init_from", None)}
@@ -112,17 +123,21 @@ def check_tokenizers(module: "PPOModule") -> None:
 def check_scored_token(module: "PPOModule", source: RewardModel) -> None:
     """Refuse a reward model that was trained to be read at another token than the one that ends responses here.
 
-    Where only some end otherwise, by a stop string, it is said.
+    Where only some end otherwise, by a stop string or by another of several stop tokens, it is said.
     """
     if source.scored_token_id is None or not source.same_tokens:
         return
     if source.scored_token_id in module.stop_ids:
-        if module.stop_strings is not None:
+        others = [token_id for token_id in module.stop_ids if token_id != source.scored_token_id]
+        ends = [f"at {token!r}" for token in module.tokenizer.convert_ids_to_tokens(others)]
+        ends += [] if module.stop_strings is None else ["by sampling.stop_strings"]
+        if ends:
             log.warning(
-                "reward model %r was trained to be read at %r, but responses that end by sampling.stop_strings have "
-                "no such token: it scores them at their last one.",
+                "reward model %r was trained to be read at %r, but responses that end %s have no such token: it scores "
+                "them at their last one, where its scores mean little.",
                 source.path,
                 module.tokenizer.convert_ids_to_tokens(source.scored_token_id),
+                " or ".join(ends),
             )
         return
     names = module.tokenizer.convert_ids_to_tokens([source.scored_token_id, *module.stop_ids])

@@ -16,7 +16,7 @@ from rlhf_lightning.rollout.collect import Rollout
 if TYPE_CHECKING:
     from rlhf_lightning.algorithm.experience import Experience
 
-_LOSSES = ("loss", "policy_loss", "value_loss")
+_LOSSES = ("loss", "policy_loss", "value_loss", "kl_loss")
 _TOKEN_SUMS = ("ratio", "approx_kl", "clip_fraction", "guarded_fraction", "value_clip_fraction", "entropy")
 
 
@@ -41,6 +41,7 @@ class UpdateSums:
         loss: Tensor,
         policy_loss: PolicyLoss,
         value_loss: ValueLoss | None,
+        kl_loss: Tensor | None,
         entropy: Tensor | None,
         response_mask: Tensor,
     ) -> None:
@@ -58,6 +59,8 @@ class UpdateSums:
         if value_loss is not None:
             self.sums["value_loss"] += value_loss.loss
             self.sums["value_clip_fraction"] += value_loss.clipped_sum
+        if kl_loss is not None:
+            self.sums["kl_loss"] += kl_loss
         if entropy is not None:
             self.sums["entropy"] += masked_sum(entropy, response_mask)
 
@@ -69,12 +72,13 @@ class UpdateSums:
         self.skipped += (~finite).float()
         self.steps += 1
 
-    def metrics(self, experience: "Experience", *, values: bool = True) -> dict[str, Tensor]:
+    def metrics(self, experience: "Experience", *, values: bool = True, kl_loss: bool = False) -> dict[str, Tensor]:
         """Return the means, losses over minibatches and all else over the tokens of all processes, by name in the log.
 
         Args:
             experience: What the update trained on.
             values: False leaves out what only a critic has.
+            kl_loss: True tells the KL's part of the loss, where it has one.
         """
         totals = dict(
             zip([*self.sums, "tokens"], global_sum(torch.stack([*self.sums.values(), self.tokens])), strict=True)
@@ -90,6 +94,8 @@ class UpdateSums:
             means["explained_variance"] = explained_variance(experience)
         else:
             means = {name: mean for name, mean in means.items() if not name.startswith("value_")}
+        if not kl_loss:
+            del means["kl_loss"]
         return {f"train/{name}": value for name, value in means.items()}
 
 

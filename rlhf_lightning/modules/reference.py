@@ -47,6 +47,7 @@ class ReferenceModule(ModelModule):
         if reference is not None and reference_free:
             raise UserError(f"reference is {reference!r}, but reference_free is true; leave one of them out.")
         self.reference_name, self.reference_free = reference, reference_free
+        self._told: set[str] = set()
 
     @property
     def exported_model(self) -> "PreTrainedModel":
@@ -82,7 +83,9 @@ class ReferenceModule(ModelModule):
             )
 
     def _log_means(self, values: dict[str, Tensor], of: Tensor | None = None) -> None:
-        """Log the mean of each under ``train/``, over the rows of all processes; nothing where there is no row.
+        """Log the mean of each under ``train/``, over the rows of all processes.
+
+        Where there is no row nothing is logged, and NaN if there were rows before, as their mean would be told again.
 
         Args:
             values: By name, shape (batch,).
@@ -91,8 +94,9 @@ class ReferenceModule(ModelModule):
         first = next(iter(values.values()))
         counts = torch.ones_like(first, dtype=torch.bool) if of is None else of
         rows = global_sum(counts.sum().float())
-        if of is not None and not rows:
+        if of is not None and not rows and not self._told.issuperset(values):
             return
+        self._told.update(values)
         for name, value in values.items():
             total = torch.where(counts, value.detach().float(), 0.0).sum()
             # The mean over processes of each one's share.

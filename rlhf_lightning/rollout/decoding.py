@@ -13,7 +13,15 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import response_lengths
 from rlhf_lightning.rollout.decode_loop import DecodeLoop, can_decode, strings_completed
 from rlhf_lightning.rollout.linear import PackedLinears
-from rlhf_lightning.rollout.sampler import Progress, Samples, SamplingConfig, draw_tokens, refuse_nan, row_uniforms
+from rlhf_lightning.rollout.sampler import (
+    Progress,
+    Sampler,
+    Samples,
+    SamplingConfig,
+    draw_tokens,
+    refuse_nan,
+    row_uniforms,
+)
 from rlhf_lightning.rollout.stop_strings import StopStrings
 
 if TYPE_CHECKING:
@@ -64,7 +72,7 @@ class _LocalSampler:
         self._model = None
 
 
-class CachedSampler(_LocalSampler):
+class CachedSampler(_LocalSampler, Sampler):
     """Our decode loop: a preallocated key-value cache whose rows are taken over by the next prompts once they stop.
 
     Equal prompts that follow each other are read once. On a processor in float32 the linear layers run on packed
@@ -154,7 +162,7 @@ class CachedSampler(_LocalSampler):
         return generating.sample(*prompts, **arguments)
 
 
-class TransformersSampler(_LocalSampler):
+class TransformersSampler(_LocalSampler, Sampler):
     """``generate`` of transformers, drawing by the same random numbers; slower, and the reference for our loop."""
 
     @torch.no_grad()

@@ -103,3 +103,10 @@ def test_expected_gradients_of_the_estimators_as_a_loss() -> None:
     torch.testing.assert_close(expected("k1"), torch.zeros(5, dtype=torch.float64), atol=1e-6, rtol=0)
     torch.testing.assert_close(expected("k2"), reverse, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(expected("k3"), forward, atol=1e-6, rtol=1e-5)
+
+
+def test_it_is_said_that_k1_in_the_loss_holds_nothing_back(caplog: pytest.LogCaptureFixture) -> None:
+    for arguments in ({}, {"estimator": "k2"}, {"place": "reward"}, {"coef": 0.0}):
+        caplog.clear()
+        FixedKL(**({"coef": 0.1, "estimator": "k1", "place": "loss"} | arguments))  # type: ignore[arg-type]
+        assert len(caplog.messages) == (not arguments)

@@ -1,5 +1,6 @@
 """KTO: the loss against transformers row by row, the reference point, what every option does, what is saved."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -187,6 +188,34 @@ def test_a_kind_that_does_not_come_is_not_logged(language_model: str, trainer: M
     logged = set(run.callback_metrics)
     assert {"train/reward_desirable", "val/reward_desirable"} <= logged
     assert not {"train/reward_undesirable", "val/reward_undesirable", "val/margin"} & logged
+
+
+def test_a_kind_that_comes_no_more_is_not_a_number(language_model: str, trainer: MakeTrainer) -> None:
+    """The mean of the batch before would be logged again."""
+    run = trainer(max_steps=2)
+    run.fit(KTOModule(language_model, optimizer=sgd), loader(2, [ROWS[0], ROWS[1], ROWS[0], ROWS[3]]))
+    assert {row.label for row in (ROWS[0], ROWS[3])} == {1.0}
+    assert ROWS[1].label == 0
+    assert run.callback_metrics["train/reward_undesirable"].isnan()
+    assert run.callback_metrics["train/reward_desirable"].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("labels", "batch_size", "line"),
+    [
+        ([4, 5, 1], 2, r"all 3 labels lie above model.threshold 0.5, so all rows are good; .* Set model.threshold"),
+        ([0, 0], 2, r"all 2 labels lie at or below model.threshold 0.5, so all rows are bad"),
+        ([0, 1], 1, r"data.batch_size is 1; .* it must be at least 2"),
+    ],
+)
+def test_data_that_teaches_nothing_is_refused(
+    labels: list[int], batch_size: int, line: str, language_model: str, trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"tea {label} {row}?", "response": "yes", "label": label} for row, label in enumerate(labels)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = UnpairedDataModule(str(tmp_path / "rows.jsonl"), batch_size=batch_size, max_length=64, max_prompt_length=48)
+    with pytest.raises(UserError, match=line):
+        trainer(max_steps=1).fit(KTOModule(language_model), datamodule=data)
 
 
 def test_predict_gives_rewards_and_labels(

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
+from rlhf_lightning.algorithm.kl import FixedKL
 from rlhf_lightning.data.collate import LabelledExample, PairExample, collate_labelled, collate_pairs, collate_sequences
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.kto import KTOModule
@@ -55,7 +56,9 @@ def test_ppo(
 ) -> None:
     parts = [FunctionReward("rlhf_lightning.demo.voice:human_voice", name=name) for name in ("one", "two")]
     reward = WeightedSum([*parts], weights=[1.0, 0.5])
-    found = logged(ppo(reward=reward), trainer, recorder, {"datamodule": prompts(8, 4)})
+    found = logged(
+        ppo(reward=reward, kl=FixedKL(estimator="k3", place="loss")), trainer, recorder, {"datamodule": prompts(8, 4)}
+    )
     names = {re.sub(r"score_(?!std).*", "score_<name>", key) for key in found if key.startswith("rollout/")}
     names |= {key for key in found if not key.startswith("rollout/")}
     assert names == set(documented("PPO"))

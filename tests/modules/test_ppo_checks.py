@@ -127,7 +127,7 @@ def test_a_stop_token_that_the_reward_model_knows_will_do(
     assert module.counters["iterations"] == 1
 
 
-def test_it_is_said_that_stop_strings_end_where_the_reward_model_was_not_trained_to_be_read(
+def test_it_is_said_where_responses_end_that_the_reward_model_was_not_trained_to_be_read_at(
     ppo: MakePPO,
     prompts: MakePrompts,
     trainer: MakeTrainer,
@@ -136,15 +136,21 @@ def test_it_is_said_that_stop_strings_end_where_the_reward_model_was_not_trained
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     other = save_model(tmp_path / "other", seed=1, scalar=True, scored_token_id=4)
-    for strings in (None, ["tea"]):
+    for tokens, strings, told in (
+        (None, None, None),
+        (None, ["tea"], "end by sampling.stop_strings have"),
+        (["<|im_end|>", "<|endoftext|>"], None, "end at '<|endoftext|>' have"),
+        (["<|im_end|>", "<|endoftext|>"], ["tea"], "end at '<|endoftext|>' or by sampling.stop_strings have"),
+    ):
         caplog.clear()
-        sampling = SamplingConfig(max_new_tokens=6, stop_strings=strings)
+        sampling = SamplingConfig(max_new_tokens=6, stop_tokens=tokens, stop_strings=strings)
         with caplog.at_level(logging.WARNING, logger="rlhf_lightning"):
             trainer(max_steps=1).fit(
                 ppo(reward=RewardModel(other), sampling=sampling, ppo_epochs=1), datamodule=prompts()
             )
         said = [line for line in caplog.messages if "was trained to be read at '<|im_end|>'" in line]
-        assert len(said) == (strings is not None)
+        assert len(said) == (told is not None)
+        assert told is None or told in said[0]
 
 
 def test_a_reward_model_with_a_tokenizer_of_its_own_is_read_at_its_own_token(

@@ -188,6 +188,8 @@ def test_without_a_critic_there_is_none(
 def test_a_critic_that_nobody_asks_is_refused(ppo: MakePPO) -> None:
     with pytest.raises(UserError, match="advantages is LeaveOneOut, which needs no critic, but critic is SeparateC"):
         ppo(advantages=LeaveOneOut())
+    with pytest.raises(UserError, match="needs no critic, but value_objective is ClippedValueObjective; leave one of"):
+        ppo(advantages=LeaveOneOut(), critic=None, value_objective=ClippedValueObjective())
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------

@@ -61,17 +61,30 @@ def test_update_metrics_are_means_over_tokens_and_losses_over_minibatches() -> N
     entropy = torch.tensor([[1.0, 2.0, 3.0], [4.0, NAN, NAN]])
     # Losses of micro-batches add up to those of their minibatch: 1.5 + 0.5 and 4.
     sums.add_micro_batch(
-        torch.tensor(1.5), policy_loss(1.0, 3.3, 0.3, 1.0), value_loss(0.25, 2.0), entropy[:1], MASK[:1]
+        torch.tensor(1.5),
+        policy_loss(1.0, 3.3, 0.3, 1.0),
+        value_loss(0.25, 2.0),
+        torch.tensor(0.1),
+        entropy[:1],
+        MASK[:1],
     )
     sums.add_micro_batch(
-        torch.tensor(0.5), policy_loss(0.5, 1.1, 0.1, 0.0), value_loss(0.0, 1.0), entropy[1:], MASK[1:]
+        torch.tensor(0.5),
+        policy_loss(0.5, 1.1, 0.1, 0.0),
+        value_loss(0.0, 1.0),
+        torch.tensor(0.2),
+        entropy[1:],
+        MASK[1:],
     )
-    sums.add_micro_batch(torch.tensor(4.0), policy_loss(3.0, 1.6, 0.2, 2.0), value_loss(1.0, 0.0), None, MASK[:1, :2])
+    sums.add_micro_batch(
+        torch.tensor(4.0), policy_loss(3.0, 1.6, 0.2, 2.0), value_loss(1.0, 0.0), None, None, MASK[:1, :2]
+    )
     sums.minibatches = 2
     sums.add_step(torch.tensor(2.0))
     sums.add_step(torch.tensor(NAN))
     sums.add_step(torch.tensor(5.0))
     metrics = {name: value.item() for name, value in sums.metrics(experience()).items()}
+    assert sums.metrics(experience(), kl_loss=True)["train/kl_loss"].item() == pytest.approx((0.1 + 0.2) / 2)
     assert metrics.pop("train/explained_variance") != 0  # of returns that are all 0: not a number
     assert metrics == pytest.approx(
         {
@@ -95,7 +108,7 @@ def test_the_mean_ratio_is_that_of_the_tokens_that_were_not_guarded() -> None:
     """Two of three tokens count, with a ratio of 1 each."""
     sums, ones = UpdateSums(torch.device("cpu")), torch.ones(3)
     part = policy_loss(0.0, 2.0, 0.5, 0.0)._replace(guarded_sum=torch.tensor(1.0))
-    sums.add_micro_batch(torch.tensor(0.0), part, None, None, ones[None].bool())
+    sums.add_micro_batch(torch.tensor(0.0), part, None, None, None, ones[None].bool())
     sums.minibatches = 1
     metrics = sums.metrics(experience(), values=False)
     assert metrics["train/ratio"] == 1
@@ -106,7 +119,9 @@ def test_the_mean_ratio_is_that_of_the_tokens_that_were_not_guarded() -> None:
 def test_sums_hold_no_graph() -> None:
     sums = UpdateSums(torch.device("cpu"))
     loss = torch.tensor(1.0, requires_grad=True)
-    sums.add_micro_batch(loss, PolicyLoss(*[loss * 2] * 5), ValueLoss(loss * 3, loss), loss.expand(1, 3), MASK[:1])
+    sums.add_micro_batch(
+        loss, PolicyLoss(*[loss * 2] * 5), ValueLoss(loss * 3, loss), loss * 5, loss.expand(1, 3), MASK[:1]
+    )
     sums.add_step(loss * 2)
     assert not any(value.requires_grad for value in (*sums.sums.values(), sums.tokens, sums.grad_norm, sums.skipped))
 
