@@ -17,6 +17,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rlhf_lightning.callbacks.predictions import next_free
+from rlhf_lightning.earlier import set_aside
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.interruption import INTERRUPTED, Interruption
 from rlhf_lightning.models.export import check_is_checkpoint
@@ -195,16 +196,7 @@ def run_of_checkpoint(checkpoint: str | None) -> Path | None:
 
 def set_aside_logs(run_dir: Path) -> None:
     """Move the logs of a run that left no checkpoint into ``earlier-<n>``, apart from those of a fresh start."""
-    logs = [run_dir / "metrics.jsonl", run_dir / "samples.jsonl", *run_dir.glob("events.out.tfevents.*")]
-    logs = [path for path in logs if path.exists()]
-    if not logs:
-        return
-    number = 1
-    while (aside := run_dir / f"earlier-{number}").exists():
-        number += 1
-    aside.mkdir()
-    for path in logs:
-        path.rename(aside / path.name)
+    set_aside(run_dir, [run_dir / "metrics.jsonl", run_dir / "samples.jsonl", *run_dir.glob("events.out.tfevents.*")])
 
 
 def run_loggers(run_dir: Path) -> "list[Logger]":

@@ -214,6 +214,24 @@ def test_printed_config_of_a_real_module_runs_a_step(capsys: pytest.CaptureFixtu
     assert "error" not in capsys.readouterr().err
 
 
+def test_null_and_short_names_reach_the_parts_of_a_module(capsys: pytest.CaptureFixture[str]) -> None:
+    """A nested null once came out as the text 'None'."""
+    config = Path(__file__).parents[1] / "configs" / "demo" / "ppo.yaml"
+    given = ["--model.advantages=GAE", "--model.advantages.whiten", "null", "--model.critic.init_from=null"]
+    given += [
+        "--model.sampler=CachedSampler",
+        "--model.sampler.decode_batch_size=8",
+        "--model.sampling.stop_tokens=null",
+    ]
+    assert main(["fit", f"--config={config}", *given, "--print_config"]) == 0
+    model = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    assert model["advantages"]["init_args"]["whiten"] is None
+    assert model["critic"]["init_args"]["init_from"] is None
+    assert model["sampling"]["stop_tokens"] is None
+    assert model["sampler"]["class_path"].endswith(".CachedSampler")
+    assert model["sampler"]["init_args"]["decode_batch_size"] == 8
+
+
 def test_own_callbacks_are_added_to_those_of_the_run() -> None:
     assert fit("--run_dir=run", "--trainer.callbacks=Recorder") == 0
     assert {"Recorder", "SampleTable", "ChartLayout", "ExportModel", "RunCheckpoint", "SaveRunConfig"} <= {

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rlhf_lightning.earlier import set_aside
 from rlhf_lightning.errors import UserError, did_you_mean
 from rlhf_lightning.evaluation.curves import Plot, read_curves, training_seconds
 from rlhf_lightning.evaluation.formatting import text_table
@@ -153,6 +154,9 @@ def _write(
         "json": ("report.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"),
         "samples": ("samples.jsonl", "".join(samples)),
     }
+    aside = set_aside(output, [output / name for name, _ in written.values()])
+    if aside is not None:
+        logger.info("the earlier report is now in %s", aside)
     for name, text in written.values():
         (output / name).write_text(text, encoding="utf-8")
     paths = {key: str(output / name) for key, (name, _) in written.items()}

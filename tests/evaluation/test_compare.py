@@ -118,6 +118,10 @@ def test_the_command_line(tiny_models: dict[str, str], tmp_path: Path, capsys: p
     assert "Win rate (against base, ties half)" in printed
     assert str(tmp_path / "out" / "report.html") in printed
     assert not (tmp_path / "elsewhere").exists()
+    first = (tmp_path / "out" / "report.json").read_text()
+    assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out"), "--limit=2"]) == 0
+    assert (tmp_path / "out" / "earlier-1" / "report.json").read_text() == first
+    assert (tmp_path / "out" / "report.json").read_text() != first
 
 
 @pytest.mark.parametrize(
