@@ -24,6 +24,7 @@ class Interruption:
         agreed: Whether all processes of the run are to stop now.
 
     Example:
+        >>> before = signal.signal(signal.SIGINT, signal.default_int_handler)
         >>> interruption = Interruption()
         >>> interruption.listen()
         >>> signal.raise_signal(signal.SIGINT)
@@ -32,6 +33,7 @@ class Interruption:
         >>> interruption.forget()
         >>> interruption.asked, signal.getsignal(signal.SIGINT) is signal.default_int_handler
         (False, True)
+        >>> _ = signal.signal(signal.SIGINT, before)
     """
 
     def __init__(self) -> None:

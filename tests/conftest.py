@@ -1,6 +1,7 @@
 """What tests share: real data beside the checkout, tokenizers, tiny models of many families, a clean slate for each."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ from transformers import (
 )
 
 from rlhf_lightning.models.loading import load_tokenizer
+
+# What a shell starts in the background ignores Ctrl-C, and so would all that is tested of it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 VOCABULARY = 37
 SIZES: dict[str, Any] = {
