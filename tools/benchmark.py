@@ -1,7 +1,11 @@
-"""Measure PPO against TRL 1.12, the last release that has it: same weights, prompts, lengths and optimizer steps.
+"""Measure PPO, DPO and the reward model against TRL: same weights, data, lengths and optimizer steps.
+
+PPO against TRL 1.12, the last release that has it, the others against 1.16, each in an environment of its own:
 
     python3.11 -m venv bench && bench/bin/pip install torch && bench/bin/pip install -e '.[bench]'
     bench/bin/python tools/benchmark.py --shape FOLDER --sides trl:2 trl:8 ours:8
+    bench/bin/pip install trl==1.16.0
+    bench/bin/python tools/benchmark.py --work dpo --shape FOLDER --pairs FILE --sides trl_default:8 trl:8 ours:8
     bench/bin/python tools/benchmark.py --shape FOLDER --mean_length 48 --response 128
     bench/bin/python tools/benchmark.py --shape FOLDER --change hidden_size=192 num_hidden_layers=8 --critic trunk
 
@@ -34,7 +38,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", required=True, help="folder with config.json and tokenizer")
     parser.add_argument("--change", nargs="*", default=[], help="entries of the config to change, name=number")
+    parser.add_argument("--work", choices=["ppo", "reward", "dpo"], default="ppo")
     parser.add_argument("--sides", nargs="+", default=["trl:2", "trl:8", "ours:8"], help="name:rows of a micro-batch")
+    parser.add_argument("--pairs", help="file of preference pairs, for reward and dpo")
+    parser.add_argument("--max_length", type=int, default=512, help="tokens of a pair's sequence, at most")
     parser.add_argument("--critic", choices=["separate", "trunk"], default="separate", help="ours; TRL has no other")
     parser.add_argument("--batch", type=int, default=8, help="responses of an iteration")
     parser.add_argument("--minibatches", type=int, default=1, help="optimizer steps of an epoch")
@@ -119,17 +126,21 @@ def stop_at_about(policy: object, eos: int, mean_length: int) -> None:
 def run_turns(options: argparse.Namespace, models: Path) -> tuple[dict[str, list[dict[str, float]]], dict[str, float]]:
     """Train all sides in turns; return the seconds of each round's phases, and the mean length of responses."""
     import torch
-    from benchmark_sides import SIDES  # type: ignore[import-not-found]
 
     torch.set_num_threads(options.threads)
-    vocabulary = json.loads((models / "policy" / "config.json").read_text())["vocab_size"]
-    generator = torch.Generator().manual_seed(1)
-    shape = (options.rounds + 1, options.batch, options.prompt)
-    prompts = torch.randint(10, vocabulary - 10, shape, generator=generator)
+    if options.work == "ppo":
+        from benchmark_sides import PPO_SIDES as KINDS  # type: ignore[import-not-found]
+
+        data: object = draw_prompts(options, models)
+    else:
+        from benchmark_pairs import PAIR_SIDES as KINDS  # type: ignore[import-not-found]
+        from benchmark_pairs import read_pairs
+
+        data = read_pairs(options, models)
     sides = {}
     for named in options.sides:
         name, _, rows = named.partition(":")
-        sides[named] = SIDES[name](options, int(rows or options.batch), models, prompts, read_clock(options))
+        sides[named] = KINDS[name](options, int(rows or options.batch), models, data, read_clock(options))
         sides[named].start()
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for number in range(options.rounds + 1):
@@ -138,7 +149,17 @@ def run_turns(options: argparse.Namespace, models: Path) -> tuple[dict[str, list
             if number:
                 seconds[name].append(phases)
                 print(name, {phase: round(value, 2) for phase, value in phases.items()}, file=sys.stderr, flush=True)
-    return seconds, {name: float(statistics.mean(map(float, side.lengths))) for name, side in sides.items()}
+    return seconds, {name: statistics.mean(map(float, side.lengths)) for name, side in sides.items() if side.lengths}
+
+
+def draw_prompts(options: argparse.Namespace, models: Path) -> object:
+    """Return random tokens, shape (rounds, batch, prompt)."""
+    import torch
+
+    vocabulary = json.loads((models / "policy" / "config.json").read_text())["vocab_size"]
+    generator = torch.Generator().manual_seed(1)
+    shape = (options.rounds + 1, options.batch, options.prompt)
+    return torch.randint(10, vocabulary - 10, shape, generator=generator)
 
 
 def read_clock(options: argparse.Namespace) -> Callable[[], float]:
@@ -184,20 +205,24 @@ def report(
 ) -> None:
     """Print a table, and write the same as JSON."""
     first = options.sides[0]
-    print(f"{parameters:,} parameters, batch {options.batch}, {options.prompt} + {options.response} tokens, seconds")
-    print(f"{'':10}" + "".join(f"{phase:>34}" for phase in PHASES) + f"{'mean length':>14}{'MiB':>8}")
+    phases = PHASES if options.work == "ppo" else ("iteration",)
+    tokens = f"{options.prompt} + {options.response}" if options.work == "ppo" else f"at most {options.max_length}"
+    print(f"{options.work}: {parameters:,} parameters, batch {options.batch}, {tokens} tokens, seconds: ratio (range)")
+    print(f"{'':14}" + "".join(f"{phase:>30}" for phase in phases) + f"{'mean length':>14}{'MiB':>8}")
     rows = {}
     for name, rounds in seconds.items():
-        cells, row = [], {"rounds": rounds, "mean_length": lengths[name], "peak_mib": peaks.get(name)}
-        for phase in PHASES:
-            values = [phases[phase] for phases in rounds]
+        cells: list[str] = []
+        row: dict[str, object] = {"rounds": rounds, "mean_length": lengths.get(name), "peak_mib": peaks.get(name)}
+        for phase in phases:
+            values = [taken[phase] for taken in rounds]
             ratios = [base[phase] / value for base, value in zip(seconds[first], values, strict=True)]
             median, ratio = statistics.median(values), statistics.median(ratios)
             cells.append(f"{median:.2f}: {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
             row[phase] = {"median": median, "ratio": ratio, "least": min(ratios), "most": max(ratios)}
         rows[name] = row
         memory = f"{peaks[name]:8.0f}" if name in peaks else f"{'-':>8}"
-        print(f"{name:10}" + "".join(f"{cell:>34}" for cell in cells) + f"{lengths[name]:14.1f}" + memory)
+        length = f"{lengths[name]:14.1f}" if name in lengths else f"{'-':>14}"
+        print(f"{name:14}" + "".join(f"{cell:>30}" for cell in cells) + length + memory)
     if options.output:
         versions = {name: version(name) for name in ("torch", "transformers", "lightning", "trl")}
         machine = {"processor": platform.processor() or platform.machine(), "versions": versions}

@@ -1,4 +1,4 @@
-"""The two sides of ``tools/benchmark.py``: PPO by this package and by TRL 1.12, on the same models and prompts.
+"""Sides of ``tools/benchmark.py``: what they share, and PPO by this package and by TRL 1.12.
 
 A side runs its trainer in a thread of its own, which halts before each iteration until it is told to go on: both are
 then trained in one process in turns, and what slows the machine down for a while slows both.
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 class Side(ABC):
@@ -24,15 +23,15 @@ class Side(ABC):
         options: Of the command line.
         micro_batch: Rows in a forward pass of the update.
         models: Folder with the folders ``policy`` and ``reward``.
-        prompts: Token ids, shape (rounds, batch, prompt).
+        data: What each round trains on; of PPO token ids of prompts, shape (rounds, batch, prompt).
         clock: Returns seconds.
     """
 
     def __init__(
-        self, options: argparse.Namespace, micro_batch: int, models: Path, prompts: Tensor, clock: Callable[[], float]
+        self, options: argparse.Namespace, micro_batch: int, models: Path, data: Any, clock: Callable[[], float]
     ) -> None:
         self.options, self.micro_batch = options, micro_batch
-        self.models, self.prompts, self.clock = models, prompts, clock
+        self.models, self.data, self.clock = models, data, clock
         self.marks: list[tuple[str, float]] = []
         self.lengths: list[float] = []
         self.failure: BaseException | None = None
@@ -95,6 +94,21 @@ class Side(ABC):
         setattr(owner, name, marked)
 
 
+def trainer_settings(options: argparse.Namespace, callbacks: list[Any], max_steps: int) -> dict[str, Any]:
+    """Return the arguments of a Lightning Trainer that does nothing but train."""
+    return {
+        "accelerator": "gpu" if options.device == "cuda" else "cpu",
+        "devices": 1,
+        "precision": "bf16-mixed" if options.precision == "bf16" else "32-true",
+        "max_steps": max_steps,
+        "callbacks": callbacks,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+
+
 class Ours(Side):
     """``PPOModule`` under a Lightning Trainer."""
 
@@ -116,19 +130,9 @@ class Ours(Side):
             module, "sample", "generation", lambda result: self.lengths.append(result[0].lengths.float().mean())
         )
         self._after(module, "estimate", "scoring")
-        full = torch.ones_like(self.prompts[0]).bool()
-        batches: Any = [PromptBatch(ids, full, [""] * len(ids), [{}] * len(ids)) for ids in self.prompts]
-        trainer = Trainer(
-            accelerator="gpu" if self.options.device == "cuda" else "cpu",
-            devices=1,
-            precision="bf16-mixed" if self.options.precision == "bf16" else "32-true",
-            max_steps=len(batches),
-            callbacks=[Turns()],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        full = torch.ones_like(self.data[0]).bool()
+        batches: Any = [PromptBatch(ids, full, [""] * len(ids), [{}] * len(ids)) for ids in self.data]
+        trainer = Trainer(**trainer_settings(self.options, [Turns()], len(batches)))
         trainer.fit(module, DataLoader(batches, batch_size=None))
 
     def _module(self) -> Any:
@@ -174,7 +178,7 @@ class Peer(Side):
                 side.halt()
 
             def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-                if state.global_step < len(side.prompts):
+                if state.global_step < len(side.data):
                     side.halt()
 
         trainer = self._trainer(ppo_trainer, Turns())
@@ -218,7 +222,7 @@ class Peer(Side):
             num_mini_batches=max(options.minibatches, cuts),
             num_ppo_epochs=options.epochs,
             local_rollout_forward_batch_size=options.batch,
-            total_episodes=options.batch * len(self.prompts),
+            total_episodes=options.batch * len(self.data),
             response_length=options.response,
             stop_token="eos" if options.mean_length else None,
             temperature=1.0,
@@ -239,9 +243,9 @@ class Peer(Side):
             ref_model=policies[1],
             reward_model=scalars[0],
             value_model=scalars[1],
-            train_dataset=Dataset.from_dict({"input_ids": self.prompts.flatten(0, 1).tolist()}),
+            train_dataset=Dataset.from_dict({"input_ids": self.data.flatten(0, 1).tolist()}),
             callbacks=[callback],
         )
 
 
-SIDES: dict[str, type[Side]] = {"ours": Ours, "trl": Peer}
+PPO_SIDES: dict[str, type[Side]] = {"ours": Ours, "trl": Peer}

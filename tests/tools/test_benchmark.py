@@ -62,6 +62,24 @@ def test_our_side_makes_one_iteration_a_turn(
     capsys.readouterr()
     tool.report(options, 1234, seconds, lengths, {"ours:2": 100.0})
     table = capsys.readouterr().out.splitlines()
-    assert table[0].startswith("1,234 parameters, batch 4, 6 + 12 tokens")
+    assert table[0].startswith("ppo: 1,234 parameters, batch 4, 6 + 12 tokens")
     assert table[2].split()[2:4] == ["1.00", "(1.00"]
     assert table[2].endswith(" 100")
+
+
+@pytest.mark.parametrize("work", ["reward", "dpo"])
+def test_our_side_learns_from_the_same_pairs_in_one_step_a_turn(
+    work: str, tool: ModuleType, options: argparse.Namespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"prompt": "Do you like tea?", "chosen": "Yes, I do.", "rejected": "No."}
+    (tmp_path / "pairs.jsonl").write_text("\n".join([json.dumps(row)] * 12))
+    options.work, options.pairs, options.max_length = work, str(tmp_path / "pairs.jsonl"), 64
+    tool.write_models(options, tmp_path)
+    seconds, lengths = tool.run_turns(options, tmp_path)
+    assert [sorted(phases) for phases in seconds["ours:2"]] == [["iteration", "update"]] * 2
+    assert not lengths
+    capsys.readouterr()
+    tool.report(options, 1234, seconds, lengths, {})
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].startswith(f"{work}: 1,234 parameters, batch 4, at most 64 tokens")
+    assert table[2].endswith("-")
