@@ -244,7 +244,7 @@ def train_on_rollouts(
         kl=kl or FixedKL(beta),
         sampling=SamplingConfig(max_new_tokens=problem.max_tokens, stop_tokens=[STOP]),
         policy_objective=ClippedObjective(clip_range=0.2),
-        value_objective=ClippedValueObjective(coef=0.5, value_clip_range=None),
+        value_objective=None if critic is None else ClippedValueObjective(coef=0.5, value_clip_range=None),
         ppo_epochs=epochs,
         minibatch_size=minibatch,
         micro_batch_size=minibatch,
