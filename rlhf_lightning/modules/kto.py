@@ -95,7 +95,7 @@ class KTOModule(ReferenceModule):
             UserError: If batches have one row, or all rows are good, or all bad.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
-        if getattr(data, "batch_size", 2) * self.trainer.world_size < 2:
+        if getattr(data, "batch_size", 2) < 2:  # of all processes together
             raise UserError("data.batch_size is 1; KTOModule compares the rows of a batch, so it must be at least 2.")
         labels = [example.label for example in getattr(data, "train_examples", [])]
         good = sum(label > self.threshold for label in labels)

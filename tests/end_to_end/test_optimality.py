@@ -1,8 +1,6 @@
 """Learning against a known optimum: the faster form of ``tools/optimality.py``, and the fixed points that differ."""
 
-import importlib.util
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -24,16 +22,9 @@ MakeProblem = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    path = Path(__file__).parents[2] / "tools" / "optimality.py"
-    spec = importlib.util.spec_from_file_location("optimality", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where a dataclass looks up its annotations
-    spec.loader.exec_module(module)
+def tool(load_tool: Callable[[str], ModuleType]) -> ModuleType:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    return module
+    return load_tool("optimality")
 
 
 @pytest.fixture

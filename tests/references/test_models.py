@@ -1,8 +1,7 @@
 """Our passes over whole models against TRL's, on the token ids that it was given: same weights, same numbers."""
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,15 +19,9 @@ Read = Callable[[str, str], Case]
 
 
 @pytest.fixture(scope="module")
-def written_model() -> Callable[..., Any]:
+def written_model(load_tool: Callable[[str], ModuleType]) -> Callable[..., Any]:
     """``written_model(seed, scalar=False)`` is the model that the recorder gave to TRL."""
-    path = Path(__file__).parents[2] / "tools" / "reference_models.py"
-    spec = importlib.util.spec_from_file_location("reference_models", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found: Callable[..., Any] = module.written_model
+    found: Callable[..., Any] = load_tool("reference_models").written_model
     return found
 
 

@@ -1,10 +1,8 @@
 """Best-of-n from more than n responses, and what J is made of."""
 
-import importlib.util
 import itertools
 import math
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -14,15 +12,8 @@ from rlhf_lightning.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    path = Path(__file__).parents[2] / "tools" / "best_of_n.py"
-    spec = importlib.util.spec_from_file_location("best_of_n", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where a dataclass looks up its annotations
-    spec.loader.exec_module(module)
-    return module
+def tool(load_tool: Callable[[str], ModuleType]) -> ModuleType:
+    return load_tool("best_of_n")
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 5])

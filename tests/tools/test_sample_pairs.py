@@ -1,7 +1,7 @@
 """Pairs sampled from a model: they follow their prompts, and the known score decides."""
 
 import argparse
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -11,13 +11,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sample_pairs", ROOT / "tools" / "sample_pairs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(load_tool: Callable[[str], ModuleType]) -> ModuleType:
+    return load_tool("sample_pairs")
 
 
 def options(shared_data: Path, score: str) -> argparse.Namespace:
