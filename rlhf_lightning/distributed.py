@@ -1,6 +1,8 @@
 """Sums over all processes; with one process, the thing itself."""
 
+import functools
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ def leave_group() -> None:
     called without an active exception"), its work done: four of forty times with torch 2.13 and nothing in between.
     """
     if is_distributed():
+        _cpu_group.cache_clear()
         torch.distributed.destroy_process_group()
         time.sleep(0.1)  # without the interpreter's lock, which that thread waits for; nothing tells when it is done
 
@@ -45,6 +48,24 @@ def global_max(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     torch.distributed.all_gather(parts, tensor)
     return torch.stack(parts).amax(dim=0)
+
+
+def any_process(*answers: bool) -> list[bool]:
+    """Return, for each question, whether any process says yes; the same on each.
+
+    It is asked over the CPU: over the device, a process would wait until all that is queued there has run.
+    """
+    if not is_distributed():
+        return list(answers)
+    yes = torch.tensor(answers, dtype=torch.uint8)
+    torch.distributed.all_reduce(yes, torch.distributed.ReduceOp.MAX, _cpu_group(torch.distributed.group.WORLD))
+    return [bool(answer) for answer in yes]
+
+
+@functools.lru_cache(maxsize=1)
+def _cpu_group(world: Any) -> Any:
+    """Return a group of all processes that passes tensors on the CPU; one is made where the main one does not."""
+    return world if "gloo" in torch.distributed.get_backend(world) else torch.distributed.new_group(backend="gloo")
 
 
 def gather_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

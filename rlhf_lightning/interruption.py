@@ -7,6 +7,8 @@ import threading
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from rlhf_lightning.distributed import any_process
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -58,15 +60,19 @@ class Interruption:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def stops(self, trainer: "Trainer") -> bool:
-        """Agree with the other processes; where any was asked, have Lightning stop as at SIGTERM.
+        """Agree with the other processes, and :meth:`stop` where any was asked.
 
-        It then logs the step, validates where that is due, and raises ``SIGTERMException``. All processes have to call
-        this at the same point: Ctrl-C reaches them one after the other, or only one of them.
+        All processes have to call this at the same point: Ctrl-C reaches them one after the other, or only one of them.
         """
-        self.agreed = trainer.strategy.reduce_boolean_decision(self.asked, all=False)
-        if self.agreed:
-            trainer._signal_connector.received_sigterm = True  # There is no public way to ask for it.
-        return self.agreed
+        (agreed,) = any_process(self.asked)
+        if agreed:
+            self.stop(trainer)
+        return agreed
+
+    def stop(self, trainer: "Trainer") -> None:
+        """Have Lightning stop as at SIGTERM: it logs the step, validates where due, and raises ``SIGTERMException``."""
+        self.agreed = True
+        trainer._signal_connector.received_sigterm = True  # There is no public way to ask for it.
 
     def wait(self, trainer: "Trainer") -> None:
         """Take back what :meth:`stops` asked for, until it is called again."""

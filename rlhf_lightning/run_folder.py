@@ -17,6 +17,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rlhf_lightning.callbacks.predictions import next_free
+from rlhf_lightning.distributed import any_process
 from rlhf_lightning.earlier import set_aside
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.interruption import INTERRUPTED, Interruption
@@ -283,15 +284,15 @@ class RunCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save where the count or the clock says so, or stop where that is asked for."""
-        if self._interruption.stops(trainer) or self._saved_step == trainer.global_step:
-            return
-        due = self.every_n_steps > 0 and trainer.global_step % self.every_n_steps == 0
-        if self.every_n_minutes > 0 and time.monotonic() - self._saved_time > 60 * self.every_n_minutes:
-            due = True
-        if trainer.world_size > 1:
-            due = trainer.strategy.broadcast(due)  # Clocks differ between ranks; the first one's decides.
-        if due:
-            self._save(trainer)
+        # Clocks differ between processes; the first one's decides.
+        late = trainer.is_global_zero and 0 < 60 * self.every_n_minutes < time.monotonic() - self._saved_time
+        stop, late = any_process(self._interruption.asked, late)
+        if stop:
+            self._interruption.stop(trainer)
+        elif self._saved_step != trainer.global_step:
+            due = self.every_n_steps > 0 and trainer.global_step % self.every_n_steps == 0
+            if due or late:
+                self._save(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the validation of the last step run to its end: half of one gives no numbers."""

@@ -6,6 +6,7 @@ import torch
 from torch import distributed, multiprocessing
 
 from rlhf_lightning.distributed import (
+    any_process,
     gather_rows,
     global_max,
     global_mean_var,
@@ -26,6 +27,7 @@ def test_one_process_is_the_whole_world() -> None:
     assert world_size() == 1
     assert global_sum(NUMBERS) is NUMBERS
     assert global_max(NUMBERS) is NUMBERS
+    assert any_process(True, False) == [True, False]
     assert gather_rows(NUMBERS)[0] is NUMBERS
     assert gather_rows(NUMBERS)[1].tolist() == [0, 1]
     mean, var = global_mean_var(NUMBERS, MASK)
@@ -51,6 +53,7 @@ def _one_of_two(rank: int, folder: str) -> None:
         "max": global_max(mine).tolist(),
         "max_with_nan": global_max(torch.tensor([1.0, 5.0 if rank else torch.nan])),
         "mine": mine.tolist(),
+        "any": [any_process(True, False, rank == 1), any_process(rank == 0)],
         # Of five rows dealt out in turn the first process has three.
         "rows": [part.tolist() for part in gather_rows(FIVE[rank::2])],
         "moments": [float(result) for result in global_mean_var(NUMBERS[rank], MASK[rank])],
@@ -72,6 +75,7 @@ def test_two_processes_agree_on_the_statistics_of_both() -> None:
             assert results["max_with_nan"][0] == 1
             assert results["max_with_nan"][1].isnan()
             assert results["rows"] == [FIVE.tolist(), [[0, 2, 4], [1, 3]][rank]]
+            assert results["any"] == [[True, False, True], [True]]
             assert results["mine"] == NUMBERS[rank].tolist()  # left as it was
             # Not the mean of the means, (7 / 3 + 9) / 2, nor the mean of the variances.
             assert results["moments"] == [4, 9.5]
