@@ -11,7 +11,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.models.causal_lm import ResponsePass
 from rlhf_lightning.models.loading import is_sequence_classifier, load_sequence_classifier
-from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.models.scalar_head import ScalarModel, score_statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,16 +59,24 @@ class SeparateCritic(Critic):
             values are already scores), or a language model (a new head that starts at zero). ``None`` takes the policy.
         learning_rate: Its own learning rate, at least 0; ``None`` takes the optimizer's.
         warmup_iterations: Iterations at the start in which it learns alone and the policy stays as it is; 0 is off.
+        normalize: True begins with the reward model's scores less ``score_mean`` and divided by ``score_std`` of its
+            config.json, as ``RewardModel(normalize=True)`` pays them; False with the scores as they are.
 
     References:
         Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO": the critic starts from the reward model.
     """
 
     def __init__(
-        self, init_from: str | None = None, learning_rate: float | None = None, warmup_iterations: int = 0
+        self,
+        init_from: str | None = None,
+        learning_rate: float | None = None,
+        warmup_iterations: int = 0,
+        normalize: bool = False,
     ) -> None:
         super().__init__(learning_rate, warmup_iterations)
-        self.init_from = init_from
+        if normalize and init_from is None:
+            raise UserError("SeparateCritic: normalize is true, but there is no init_from with scores to normalise.")
+        self.init_from, self.normalize = init_from, normalize
 
     def setup(self, policy_name: str, policy: "PreTrainedModel") -> None:
         """Load the network."""
@@ -78,6 +86,9 @@ class SeparateCritic(Critic):
         if not is_sequence_classifier(model.config):
             nn.init.zeros_(model.score.weight)
         self.scalar = ScalarModel(model)
+        if self.normalize and self.init_from is not None:
+            mean, std = score_statistics(self.init_from, asked_by="SeparateCritic")
+            self.scalar.normalize(mean=mean, std=std)
 
     def values(self, batch: SequenceBatch, policy_pass: ResponsePass) -> Tensor:
         """Run the network over the sequences."""

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch
+from rlhf_lightning.models.loading import load_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,6 +44,40 @@ class ScalarModel(nn.Module):
         mask = batch.response_mask
         flat = self.outputs(batch.input_ids)[batch.predicting_positions()]
         return flat.new_zeros(mask.shape).index_put(mask.nonzero(as_tuple=True), flat)
+
+    @torch.no_grad()
+    def normalize(self, *, mean: float, std: float) -> None:
+        """Change the head so that it gives (what it gave - ``mean``) / ``std``; the weights of the trunk stay.
+
+        Args:
+            mean: Taken from every score.
+            std: Above 0.
+        """
+        old = self.model.score
+        head = nn.utils.skip_init(nn.Linear, old.in_features, 1, device=old.weight.device, dtype=old.weight.dtype)
+        head.weight.copy_(old.weight / std)
+        head.bias.copy_(((0.0 if old.bias is None else old.bias) - mean) / std)
+        self.model.score = head
+
+
+def score_statistics(path: str, *, asked_by: str) -> tuple[float, float]:
+    """Return mean and standard deviation of the scores that a reward model's folder holds.
+
+    Args:
+        path: Folder or hub name.
+        asked_by: What wants to normalise by them, for the error.
+
+    Raises:
+        UserError: If it holds none.
+    """
+    config = load_config(path)
+    mean, std = (getattr(config, name, None) for name in ("score_mean", "score_std"))
+    if not isinstance(mean, int | float) or not isinstance(std, int | float) or not std > 0:
+        raise UserError(
+            f"{asked_by}: normalize is true, but the config.json of {path!r} has score_mean {mean} and score_std "
+            f"{std}; train it with RewardModule(store_score_statistics=True), or set normalize: false."
+        )
+    return float(mean), float(std)
 
 
 def ensure_distinct_pad(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rlhf_lightning.algorithm.critics import SeparateCritic
 from rlhf_lightning.distributed import global_max, global_mean_var, world_size
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.causal_lm import response_logprobs
@@ -62,6 +63,7 @@ def check_configuration(module: "PPOModule") -> None:
         check_lengths(module, max_prompt_length)
     check_groups(module, getattr(data, "responses_per_prompt", None))
     check_tokenizers(module)
+    check_critic_scale(module)
     for source in _reward_models(module.reward):
         check_scored_token(module, source)
 
@@ -118,6 +120,20 @@ def check_tokenizers(module: "PPOModule") -> None:
     for key, name in names.items():
         if name:
             refuse_foreign_tokens(module.tokenizer, name, key=f"model.{key}")
+
+
+def check_critic_scale(module: "PPOModule") -> None:
+    """Say that the first values are far from the scores where a critic starts from a reward model on another scale."""
+    critic, source = module.critic, module.reward
+    if not isinstance(critic, SeparateCritic) or not isinstance(source, RewardModel):
+        return
+    if critic.init_from == source.path and critic.normalize != source.normalize:
+        log.warning(
+            "critic.normalize is %s, but reward.normalize is %s: the critic starts from the same reward model, and its "
+            "first values are on another scale than the scores; set both alike.",
+            str(critic.normalize).lower(),
+            str(source.normalize).lower(),
+        )
 
 
 def check_scored_token(module: "PPOModule", source: RewardModel) -> None:

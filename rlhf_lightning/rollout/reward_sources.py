@@ -14,8 +14,8 @@ from rlhf_lightning.data.shapes import Prompt
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.rewards import normalize_scores
 from rlhf_lightning.functional.sequences import SequenceBatch, pad_sequences
-from rlhf_lightning.models.loading import foreign_token, load_config, load_sequence_classifier, load_tokenizer
-from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.models.loading import foreign_token, load_sequence_classifier, load_tokenizer
+from rlhf_lightning.models.scalar_head import ScalarModel, score_statistics
 from rlhf_lightning.rollout.user_functions import as_numbers, call_with_columns, columns_of, named_function
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class RewardModel(RewardSource):
         if hasattr(self, "scalar"):
             return
         if self.normalize:
-            self.score_mean, self.score_std = self._stored_statistics()
+            self.score_mean, self.score_std = score_statistics(self.path, asked_by="RewardModel")
         self.tokenizer = load_tokenizer(self.path)
         model = load_sequence_classifier(self.path).eval().requires_grad_(False)
         self.scalar = ScalarModel(model)
@@ -122,16 +122,6 @@ class RewardModel(RewardSource):
             scores[rows] = self.scalar.scores(sequences.select(rows))
         scores = normalize_scores(scores, mean=self.score_mean, std=self.score_std)
         return Scores(scores, {self.name: scores})
-
-    def _stored_statistics(self) -> tuple[float, float]:
-        config = load_config(self.path)
-        mean, std = (getattr(config, name, None) for name in ("score_mean", "score_std"))
-        if not isinstance(mean, int | float) or not isinstance(std, int | float) or not std > 0:
-            raise UserError(
-                f"RewardModel: normalize is true, but the config.json of {self.path!r} has score_mean {mean} and "
-                f"score_std {std}; train it with RewardModule(store_score_statistics=True), or set normalize: false."
-            )
-        return float(mean), float(std)
 
     def _retokenized(self, batch: ScoringBatch) -> SequenceBatch:
         from rlhf_lightning.data.chat import ConversationEncoder

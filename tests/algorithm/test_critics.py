@@ -55,6 +55,31 @@ def test_from_a_reward_model_the_first_values_are_its_scores(policy: str, reward
     torch.testing.assert_close(torch.stack([values[0, 1], values[1, 0]]), source.scores(shorter))
 
 
+def test_normalize_puts_the_first_values_on_the_scale_of_normalised_scores(policy: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=1, score_mean=0.5, score_std=0.25))
+    model.save_pretrained(tmp_path / "reward")
+    path = str(tmp_path / "reward")
+    raw, normalized = SeparateCritic(path), SeparateCritic(path, normalize=True)
+    for critic in (raw, normalized):
+        critic.setup(policy, load_causal_lm(policy))
+    wanted = torch.where(BATCH.response_mask, (raw.values(BATCH, NO_PASS) - 0.5) / 0.25, 0.0)
+    torch.testing.assert_close(normalized.values(BATCH, NO_PASS), wanted)
+    ((normalized.values(BATCH, NO_PASS) - 1) ** 2).sum().backward()
+    head = normalized.scalar.model.score
+    assert head.weight.grad.any()
+    assert head.bias.grad.any()
+
+
+def test_normalize_asks_for_a_reward_model_with_statistics(policy: str, reward_model: str) -> None:
+    with pytest.raises(UserError, match="normalize is true, but there is no init_from"):
+        SeparateCritic(normalize=True)
+    with pytest.raises(
+        UserError, match=r"SeparateCritic: normalize is true, but the config.json of .* score_mean None"
+    ):
+        SeparateCritic(reward_model, normalize=True).setup(policy, load_causal_lm(policy))
+
+
 def test_it_is_set_up_once(policy: str, reward_model: str) -> None:
     critic = SeparateCritic()
     critic.setup(policy, load_causal_lm(policy))

@@ -116,6 +116,23 @@ def test_refuses_a_reward_model_that_is_read_at_another_token(
     assert "was trained to be read at '<|endoftext|>', but responses here end with '<|im_end|>'" in message
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_it_is_said_where_the_first_values_are_on_another_scale_than_the_scores(
+    ppo: MakePPO,
+    prompts: MakePrompts,
+    trainer: MakeTrainer,
+    save_model: SaveModel,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    normalize: bool,
+) -> None:
+    scorer = save_model(tmp_path / "scorer", seed=1, scalar=True, score_mean=0.5, score_std=0.25)
+    critic = SeparateCritic(scorer, normalize=normalize)
+    module = ppo(reward=RewardModel(scorer, normalize=True), critic=critic, ppo_epochs=1)
+    trainer(max_steps=1).fit(module, datamodule=prompts())
+    assert ("critic.normalize is false, but reward.normalize is true" in caplog.text) == (not normalize)
+
+
 def test_a_stop_token_that_the_reward_model_knows_will_do(
     ppo: MakePPO, prompts: MakePrompts, trainer: MakeTrainer, save_model: SaveModel, tmp_path: Path
 ) -> None:
