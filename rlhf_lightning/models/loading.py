@@ -257,7 +257,18 @@ def _load_weights(
             f"the weights of {name!r} do not fit its config: {len(wrong)} tensors missing or of another shape, such as "
             f"{wrong[0]!r}."
         )
+    _align(model)
     return model
+
+
+def _align(model: nn.Module) -> None:
+    """Copy weights that do not begin at a multiple of 64 bytes, as those of a mapped file.
+
+    How a matrix product rounds depends on it, and so the last bits of every run on the length of a file's header.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
 
 
 def _override(config: "PretrainedConfig", key: str, value: Any, name: str) -> None:

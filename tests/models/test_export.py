@@ -17,6 +17,7 @@ from rlhf_lightning.data.chat import ConversationEncoder
 from rlhf_lightning.data.collate import collate_sequences
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.export import CHECKPOINT_KEY, export_checkpoint, pack_model, write_model_folder
+from rlhf_lightning.models.loading import load_sequence_classifier
 from rlhf_lightning.models.scalar_head import ScalarModel, ensure_distinct_pad
 
 IDS = torch.tensor([[5, 6, 2, 7, 8, 2]])
@@ -74,7 +75,7 @@ def test_a_reward_model_reads_back_with_equal_scores_where_pad_was_eos(
         inputs = AutoTokenizer.from_pretrained(tmp_path / name)(texts, padding=True, return_tensors="pt")
         theirs = again(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, 0]
         torch.testing.assert_close(theirs, scores, atol=1e-5, rtol=1e-5)
-        assert torch.equal(ScalarModel(again).scores(batch), scores)
+        assert torch.equal(ScalarModel(load_sequence_classifier(str(tmp_path / name))).scores(batch), scores)
 
 
 @torch.no_grad()
