@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def length_mask(lengths: Tensor, size: int | None = None) -> Tensor:
@@ -160,6 +161,22 @@ class SequenceBatch(NamedTuple):
         """Return these rows, cut to the longest of them."""
         picked = SequenceBatch(self.input_ids[rows], self.prompt_lengths[rows], self.response_lengths[rows])
         return picked._replace(input_ids=picked.input_ids[:, : int(picked.lengths.max())])
+
+    @classmethod
+    def stack(cls, batches: "Sequence[SequenceBatch]") -> "SequenceBatch":
+        """Return the rows of several batches as those of one, in their order.
+
+        Example:
+            >>> one = SequenceBatch(torch.tensor([[5, 6]]), torch.tensor([1]), torch.tensor([1]))
+            >>> two = SequenceBatch(torch.tensor([[7, 8, 9]]), torch.tensor([1]), torch.tensor([2]))
+            >>> SequenceBatch.stack([one, two]).input_ids
+            tensor([[5, 6, 0],
+                    [7, 8, 9]])
+        """
+        width = max(batch.input_ids.shape[1] for batch in batches)
+        ids = [pad(batch.input_ids, (0, width - batch.input_ids.shape[1])) for batch in batches]
+        prompts, responses = ([batch[place] for batch in batches] for place in (1, 2))
+        return cls(torch.cat(ids), torch.cat(prompts), torch.cat(responses))
 
     @classmethod
     def join(cls, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, lengths: Tensor) -> "SequenceBatch":

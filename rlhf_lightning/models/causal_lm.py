@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.models.lm_head import head_logprobs
+from rlhf_lightning.models.packed import hidden_states_at
 
 _PLAIN_HEADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -37,8 +38,8 @@ def response_pass(
 ) -> ResponsePass:
     """Run the model over whole sequences and read the distributions before each response token.
 
-    The vocabulary head runs at those positions alone, where the family does no more with it than multiply. Right
-    padding stands behind everything that looks back, so the plain causal mask serves and positions count from 0.
+    The vocabulary head runs at those positions alone, where the family does no more with it than multiply. No padding
+    is computed, where the family allows it (:func:`~rlhf_lightning.models.packed.packable`).
 
     Args:
         model: A causal language model of transformers.
@@ -49,7 +50,7 @@ def response_pass(
     """
     rows, columns = batch.predicting_positions()
     mask = batch.response_mask
-    hidden, head = _hidden_and_head(model, batch.input_ids, rows, columns)
+    hidden, head = _hidden_and_head(model, batch, rows, columns)
     output = head_logprobs(
         head,
         hidden,
@@ -98,11 +99,11 @@ def _probe_head(model: Any, head: nn.Module) -> bool:
     return whole.shape == apart.shape and torch.equal(whole, apart)
 
 
-def _hidden_and_head(model: Any, ids: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, nn.Module]:
+def _hidden_and_head(model: Any, batch: SequenceBatch, rows: Tensor, columns: Tensor) -> tuple[Tensor, nn.Module]:
     if head_is_plain(model):
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[rows, columns]
-        return hidden, model.get_output_embeddings()
+        return hidden_states_at(model.base_model, batch, rows, columns), model.get_output_embeddings()
     # Then the model's own head runs at every position from the first wanted one on.
+    ids = batch.input_ids
     first = int(columns.min()) if len(columns) and takes_logits_to_keep(model) else 0
     cut = {"logits_to_keep": ids.shape[1] - first} if first else {}
     output = model(input_ids=ids, use_cache=False, output_hidden_states=True, **cut)

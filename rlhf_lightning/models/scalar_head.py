@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.models.loading import load_config
+from rlhf_lightning.models.packed import hidden_states_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,22 +28,28 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.model = model
 
-    def outputs(self, input_ids: Tensor) -> Tensor:
-        """Return the scalar at every position of right-padded rows, shape (batch, length), float32."""
-        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    def outputs(self, batch: SequenceBatch, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return the scalar at some positions, shape (positions,), float32.
+
+        Args:
+            batch: Prompts and responses.
+            rows: Row of each position, shape (positions,), int64.
+            columns: Its place among the real tokens of the row, shape (positions,), int64.
+        """
+        hidden = hidden_states_at(self.model.base_model, batch, rows, columns)
         head = self.model.score
         with torch.autocast(hidden.device.type, enabled=False):  # bf16 scores would tie
             return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
 
     def scores(self, batch: SequenceBatch) -> Tensor:
         """Return the score of each sequence, read at its last real token, shape (batch,), float32."""
-        last = (batch.lengths - 1)[:, None]
-        return self.outputs(batch.input_ids).gather(1, last).squeeze(1)
+        lengths = batch.lengths
+        return self.outputs(batch, torch.arange(len(lengths), device=lengths.device), lengths - 1)
 
     def values(self, batch: SequenceBatch) -> Tensor:
         """Return the value before each response token, shape (batch, response), float32, zero where masked."""
         mask = batch.response_mask
-        flat = self.outputs(batch.input_ids)[batch.predicting_positions()]
+        flat = self.outputs(batch, *batch.predicting_positions())
         return flat.new_zeros(mask.shape).index_put(mask.nonzero(as_tuple=True), flat)
 
     @torch.no_grad()

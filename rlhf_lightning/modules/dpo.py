@@ -126,10 +126,11 @@ class DPOModule(ReferenceModule):
     def evaluate(self, batch: PairBatch) -> PairOutcome:
         """Return losses, implied rewards and log-probabilities of a batch of pairs."""
         chosen_lengths, rejected_lengths = batch.chosen.response_lengths, batch.rejected.response_lengths
-        shared_lengths = torch.minimum(chosen_lengths, rejected_lengths)
-        # A pass for each side: one for both would pad the shorter side, 6-16 % dearer on the demo's pairs (CPU).
-        sides = (batch.chosen, batch.rejected)
-        (chosen, chosen_ref), (rejected, rejected_ref) = (self._logprobs(side, shared_lengths) for side in sides)
+        both = SequenceBatch.stack([batch.chosen, batch.rejected])
+        shared_lengths = torch.minimum(chosen_lengths, rejected_lengths).repeat(2)
+        (chosen, rejected), (chosen_ref, rejected_ref) = (
+            logprobs.chunk(2) for logprobs in self._logprobs(both, shared_lengths)
+        )
         chosen_logratios, rejected_logratios = chosen - chosen_ref, rejected - rejected_ref
         return PairOutcome(
             losses=self.loss.loss(Pairs(chosen_logratios, rejected_logratios, chosen_lengths, rejected_lengths)),

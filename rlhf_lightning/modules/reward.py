@@ -10,6 +10,7 @@ from rlhf_lightning.data.collate import PairBatch
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.losses import preference_loss
 from rlhf_lightning.functional.reward_losses import center_loss
+from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.metrics import MarginStatistics, MaskedMean, RewardAccuracy, TieShare, pair_points
 from rlhf_lightning.modules.reference import mean_over_processes
 from rlhf_lightning.modules.scoring import ScoringModule
@@ -65,7 +66,7 @@ class RewardModule(ScoringModule):
 
     def batch_scores(self, batch: PairBatch) -> Tensor:
         """Return the scores of all chosen responses, then of all rejected ones."""
-        return torch.cat(self._scores(batch))
+        return self.scalar.scores(SequenceBatch.stack([batch.chosen, batch.rejected]))
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the mean loss of the pairs of all processes."""
@@ -109,7 +110,8 @@ class RewardModule(ScoringModule):
         return {"prompt": prompts, "chosen": chosen, "rejected": rejected, **scores}
 
     def _scores(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        return self.scalar.scores(batch.chosen), self.scalar.scores(batch.rejected)
+        chosen, rejected = self.batch_scores(batch).split([len(batch.chosen.lengths), len(batch.rejected.lengths)])
+        return chosen, rejected
 
     def _losses(self, batch: PairBatch, chosen: Tensor, rejected: Tensor) -> Tensor:
         margin = 0.0 if batch.margins is None else batch.margins

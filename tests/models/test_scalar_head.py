@@ -147,6 +147,8 @@ def test_a_padding_token_of_its_own_stays(make_model: Callable[..., PreTrainedMo
 def test_the_head_keeps_float32_under_autocast(make_model: Callable[..., PreTrainedModel]) -> None:
     model = ScalarModel(make_model("llama", scalar=True))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs = model.outputs(torch.arange(2, 14).view(2, 6))
+        outputs = model.values(
+            SequenceBatch(torch.arange(2, 14).view(2, 6), torch.tensor([1, 1]), torch.tensor([5, 5]))
+        )
     assert outputs.dtype == torch.float32
     assert not torch.equal(outputs, outputs.bfloat16().float())  # more digits than bf16 has

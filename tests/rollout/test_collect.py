@@ -103,13 +103,14 @@ def test_groups_change_nothing(scorers: Scorers, word_tokenizer: PreTrainedToken
             torch.testing.assert_close(getattr(parts, name), getattr(whole, name), atol=1e-5, rtol=1e-5)
 
 
-def test_a_group_is_no_wider_than_its_longest_row(scorers: Scorers, word_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_no_padding_is_computed(scorers: Scorers, word_tokenizer: PreTrainedTokenizerFast) -> None:
     policy: Any = scorers.policy
-    score(scorers, word_tokenizer, [[0, 1, 2]])  # the trial of the head would be noted too
+    score(scorers, word_tokenizer, [[0, 1, 2]])  # the trials of head and packing would be noted too
     shapes: list[torch.Size] = []
     policy.model.embed_tokens.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[:2]))
     score(scorers, word_tokenizer, [[1], [0, 2]])
-    assert shapes == [(1, 7), (2, 4)]
+    assert [int(SEQUENCES.lengths[1]), int(SEQUENCES.lengths[[0, 2]].sum())] == [7, 6]
+    assert shapes == [(1, 7), (1, 6)]  # a group's rows stand one behind another
 
 
 def test_the_reward_sees_text_tokens_and_rows(scorers: Scorers, word_tokenizer: PreTrainedTokenizerFast) -> None:
