@@ -257,7 +257,7 @@ def _refuse_automatic_optimization(module: ModelModule, settings: dict[str, Any]
     """Name a module's own knob where the Trainer's cannot reach its optimization."""
     for name, off, own in (
         ("gradient_clip_val", None, "max_grad_norm"),
-        ("accumulate_grad_batches", 1, "micro_batch_size"),
+        ("accumulate_grad_batches", 1, "max_tokens_per_microbatch"),
     ):
         if settings[name] not in (off, 0) and not module.automatic_optimization and hasattr(module, own):
             raise UserError(

@@ -151,7 +151,7 @@ class Ours(Side):
             sampling=SamplingConfig(max_new_tokens=options.response, min_new_tokens=least),
             ppo_epochs=options.epochs,
             minibatch_size=options.batch // options.minibatches,
-            micro_batch_size=self.micro_batch,
+            max_tokens_per_microbatch=self.micro_batch * (options.prompt + options.response),
             optimizer=lambda params: torch.optim.AdamW(params, lr=1e-6, eps=1e-5, weight_decay=0.0, fused=True),
         )
 

@@ -247,7 +247,6 @@ def train_on_rollouts(
         value_objective=None if critic is None else ClippedValueObjective(coef=0.5, value_clip_range=None),
         ppo_epochs=epochs,
         minibatch_size=minibatch,
-        micro_batch_size=minibatch,
         optimizer=adam(learning_rate),
         lr_scheduler=LinearDecay,
     )

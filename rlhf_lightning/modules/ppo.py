@@ -28,7 +28,7 @@ from rlhf_lightning.modules.ppo_checks import (
 )
 from rlhf_lightning.modules.ppo_report import Stopwatch, UpdateSums, rollout_metrics, sample_rows
 from rlhf_lightning.modules.rollout_module import RolloutModule
-from rlhf_lightning.rollout.collect import Rollout, length_sorted
+from rlhf_lightning.rollout.collect import Rollout, token_groups
 from rlhf_lightning.rollout.reward_sources import RewardSource
 from rlhf_lightning.rollout.sampler import Sampler, SamplingConfig
 from rlhf_lightning.seeding import derive_seed, derived_generator, run_seed
@@ -57,7 +57,8 @@ class PPOModule(RolloutModule):
         value_objective: What the critic minimises; ``null`` is ``ClippedValueObjective()``.
         ppo_epochs: Passes over each rollout, at least 1; more learn more from it and move further from it.
         minibatch_size: Responses of all processes in one optimizer step; divides the rollout batch.
-        micro_batch_size: Responses in one forward pass of a process, at most; changes memory and speed, never a result.
+        max_tokens_per_microbatch: Tokens, prompts included, in one forward pass of a process, at most; a longer
+            sequence goes alone. More is faster and needs more memory; no result changes.
         max_grad_norm: Gradients are clipped to this common norm; ``null`` turns it off.
         optimizer: Called with the parameter groups ``policy`` and ``critic``.
         lr_scheduler: Called with the optimizer, stepped once an iteration; ``null`` keeps the learning rate.
@@ -82,14 +83,14 @@ class PPOModule(RolloutModule):
         value_objective: ClippedValueObjective | None = None,
         ppo_epochs: int = 4,
         minibatch_size: int = 4,
-        micro_batch_size: int = 16,
+        max_tokens_per_microbatch: int = 2048,
         max_grad_norm: float | None = 1.0,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
             params, lr=1e-5, eps=1e-5, weight_decay=0.0, fused=True
         ),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        check_numbers(ppo_epochs, minibatch_size, micro_batch_size, max_grad_norm)
+        check_numbers(ppo_epochs, minibatch_size, max_tokens_per_microbatch, max_grad_norm)
         advantages = advantages or GAE()
         check_critic_parts(advantages, {"critic": critic, "value_objective": value_objective})
         super().__init__(
@@ -99,7 +100,7 @@ class PPOModule(RolloutModule):
             critic=critic or (SeparateCritic() if advantages.needs_critic else None),
             sampling=sampling,
             sampler=sampler,
-            micro_batch_size=micro_batch_size,
+            max_tokens_per_microbatch=max_tokens_per_microbatch,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
         )
@@ -159,7 +160,8 @@ class PPOModule(RolloutModule):
         generator = derived_generator(run_seed(), "minibatch", self.counters["iterations"], epoch)
         order = torch.randperm(len(lengths), generator=generator).to(lengths.device)
         minibatches = order.split(self.minibatch_size // world_size())
-        return [[rows[group] for group in length_sorted(lengths[rows], self.micro_batch_size)] for rows in minibatches]
+        budget = self.max_tokens_per_microbatch
+        return [[rows[group] for group in token_groups(lengths[rows], budget)] for rows in minibatches]
 
     def update(self, experience: Experience) -> UpdateSums:
         """Train on a rollout: epochs of shuffled minibatches, one optimizer step each."""

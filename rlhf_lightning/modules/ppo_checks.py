@@ -27,12 +27,14 @@ log = logging.getLogger("rlhf_lightning")
 RATIO_TOLERANCE = {"32-true": 1e-5, "bf16-mixed": 0.2}
 
 
-def check_numbers(ppo_epochs: int, minibatch_size: int, micro_batch_size: int, max_grad_norm: float | None) -> None:
+def check_numbers(
+    ppo_epochs: int, minibatch_size: int, max_tokens_per_microbatch: int, max_grad_norm: float | None
+) -> None:
     """Refuse numbers out of range; they are the arguments of ``PPOModule``."""
     for name, value in (
         ("ppo_epochs", ppo_epochs),
         ("minibatch_size", minibatch_size),
-        ("micro_batch_size", micro_batch_size),
+        ("max_tokens_per_microbatch", max_tokens_per_microbatch),
     ):
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1.")

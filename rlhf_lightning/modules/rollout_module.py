@@ -15,7 +15,7 @@ from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.models.loading import load_causal_lm, load_reference
 from rlhf_lightning.modules.base import ModelModule
 from rlhf_lightning.modules.ppo_report import rollout_metrics, sample_rows
-from rlhf_lightning.rollout.collect import Rollout, Scorers, score_samples
+from rlhf_lightning.rollout.collect import Rollout, Scorers, score_samples, token_groups
 from rlhf_lightning.rollout.decoding import CachedSampler
 from rlhf_lightning.rollout.reward_sources import RewardSource
 from rlhf_lightning.rollout.sampler import Sampler, Samples, SamplingConfig, resolve_stop_ids
@@ -36,7 +36,7 @@ class RolloutModule(ModelModule):
         critic: Where values come from; ``None`` is none.
         sampling: What to sample.
         sampler: What samples; ``None`` is ``CachedSampler()``.
-        micro_batch_size: Responses in one forward pass of a process.
+        max_tokens_per_microbatch: Tokens in one forward pass of a process.
         optimizer: Called with the parameter groups.
         lr_scheduler: Called with the optimizer.
     """
@@ -53,7 +53,7 @@ class RolloutModule(ModelModule):
         critic: Critic | None,
         sampling: SamplingConfig,
         sampler: Sampler | None,
-        micro_batch_size: int,
+        max_tokens_per_microbatch: int,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
     ) -> None:
@@ -66,7 +66,7 @@ class RolloutModule(ModelModule):
             raise UserError("sampling.temperature is 0; PPO needs responses drawn at random, so a value above 0.")
         self.reference_name, self.reward, self.critic = reference, reward, critic
         self.sampling, self.sampler = sampling, sampler or CachedSampler()
-        self.micro_batch_size = micro_batch_size
+        self.max_tokens_per_microbatch = max_tokens_per_microbatch
         self.counters = {"iterations": 0, "episodes": 0, "tokens": 0, "updates": 0}
         self.samples: list[dict[str, Any]] = []
         self.val_samples: list[dict[str, Any]] = []
@@ -198,8 +198,8 @@ class RolloutModule(ModelModule):
         seed, rows = derive_seed(run_seed(), "validation"), self._row_ids(batch, self._rows_evaluated)
         self._rows_evaluated += len(rows)
         samples, sequences = self.sample(batch, seed=seed, row_ids=rows)
-        order = torch.arange(len(rows), device=self.device)
-        return self.score(batch, samples, sequences, groups=order.split(self.micro_batch_size))
+        groups = token_groups(sequences.lengths, self.max_tokens_per_microbatch)
+        return self.score(batch, samples, sequences, groups=groups)
 
     def _row_ids(self, batch: PromptBatch, before: int) -> list[int]:
         """Number rows over all processes, which take turns in the prompts; ``before`` were this process's earlier."""

@@ -41,7 +41,7 @@ def test_one_optimizer_step_a_minibatch_and_one_global_step_an_iteration(
     ppo: MakePPO, prompts: MakePrompts, trainer: MakeTrainer
 ) -> None:
     """16 prompts in rollouts of 8: 2 iterations of 3 epochs of 4 minibatches, each of 2 micro-batches."""
-    module = ppo(ppo_epochs=3, minibatch_size=2, micro_batch_size=1)
+    module = ppo(ppo_epochs=3, minibatch_size=2, max_tokens_per_microbatch=1)
     run = trainer(max_epochs=1)
     run.fit(module, datamodule=prompts(16))
     assert run.global_step == 2
@@ -102,10 +102,10 @@ def test_progress_bar_is_told_of_the_phases(ppo: MakePPO, prompts: MakePrompts, 
         def disable(self) -> None:
             pass
 
-    module = ppo(micro_batch_size=2)
+    module = ppo(max_tokens_per_microbatch=1)  # every row in a pass of its own
     trainer(max_steps=1, enable_progress_bar=True, callbacks=[Bar()]).fit(module, datamodule=prompts())
     assert [item for item in told if item[0] == "rollout"] == [("rollout", step, 6) for step in range(1, 7)]
-    assert [item for item in told if item[0] == "score"] == [("score", rows, 8) for rows in (2, 4, 6, 8)]
+    assert [item for item in told if item[0] == "score"] == [("score", rows, 8) for rows in range(1, 9)]
     assert [item for item in told if item[0] == "update"] == [("update", step, 4) for step in range(1, 5)]
 
 
@@ -207,13 +207,13 @@ def test_gradient_is_that_of_the_definition_for_any_micro_batch_size(
         assert (flat - expected).norm() / expected.norm() < 1e-5
 
 
-def test_micro_batch_size_changes_no_result(
+def test_max_tokens_per_microbatch_changes_no_result(
     ppo: MakePPO, prompts: MakePrompts, trainer: MakeTrainer, weights: Weights, stops: list[str]
 ) -> None:
     results = []
-    for size in (1, 3, 16):
+    for tokens in (1, 40, 2048):
         module = ppo(
-            micro_batch_size=size,
+            max_tokens_per_microbatch=tokens,
             sampling=SamplingConfig(max_new_tokens=6, stop_tokens=stops),
             optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
         )
@@ -281,12 +281,17 @@ def test_the_critic_can_have_a_learning_rate_of_its_own(
 
 
 def test_batch_plan(ppo: MakePPO, language_model: str) -> None:
-    module = ppo(minibatch_size=4, micro_batch_size=3)
+    module = ppo(minibatch_size=4, max_tokens_per_microbatch=18)
     lengths = torch.tensor([9, 2, 7, 4, 5, 6, 3, 8])
     plans = [module.batch_plan(lengths, epoch=epoch) for epoch in (0, 0, 1)]
     orders = [torch.cat([group for minibatch in plan for group in minibatch]).tolist() for plan in plans]
     for plan, order in zip(plans, orders, strict=True):
-        assert [[len(group) for group in minibatch] for minibatch in plan] == [[3, 1], [3, 1]]
+        for minibatch in plan:
+            tokens = [int(lengths[group].sum()) for group in minibatch]
+            assert max(tokens) <= 18
+            # No micro-batch could have taken the next one's first row too.
+            follows = [int(lengths[group[0]]) for group in minibatch[1:]]
+            assert all(has + more > 18 for has, more in zip(tokens, follows, strict=False))
         assert sorted(order) == list(range(8))
         for minibatch in plan:  # longest first, so that a micro-batch pads little
             assert torch.equal(lengths[torch.cat(minibatch)], lengths[torch.cat(minibatch)].sort(descending=True)[0])

@@ -188,7 +188,7 @@ def test_a_reward_model_with_a_tokenizer_of_its_own_is_read_at_its_own_token(
     [
         ({"ppo_epochs": 0}, "ppo_epochs is 0"),
         ({"minibatch_size": 0}, "minibatch_size is 0"),
-        ({"micro_batch_size": -1}, "micro_batch_size is -1"),
+        ({"max_tokens_per_microbatch": -1}, "max_tokens_per_microbatch is -1"),
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0"),
         ({"sampling": SamplingConfig(temperature=0.0)}, "temperature is 0"),
     ],

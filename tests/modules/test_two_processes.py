@@ -102,7 +102,7 @@ def main(world_size: int, rank: int, language_model: str, reward_model: str, sou
         sampling=SamplingConfig(max_new_tokens=8, stop_tokens=[*stops, "<|im_end|>"]),
         ppo_epochs=1,
         minibatch_size=8,
-        micro_batch_size=3,
+        max_tokens_per_microbatch=60,
         max_grad_norm=None,
         optimizer=sgd,
     )
@@ -121,7 +121,7 @@ def main(world_size: int, rank: int, language_model: str, reward_model: str, sou
                 sampling=SamplingConfig(max_new_tokens=8, stop_tokens=[*stops, "<|im_end|>"]),
                 ppo_epochs=2,
                 minibatch_size=8,
-                micro_batch_size=3,
+                max_tokens_per_microbatch=60,
                 max_grad_norm=None,
                 optimizer=functools.partial(torch.optim.SGD, lr=0.1),
                 **changes,

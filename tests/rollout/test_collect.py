@@ -4,13 +4,22 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.models.causal_lm import ResponsePass, response_logprobs, response_pass
 from rlhf_lightning.models.scalar_head import ScalarModel
-from rlhf_lightning.rollout.collect import Rollout, Scorers, decode_responses, length_sorted, score_samples
+from rlhf_lightning.rollout.collect import (
+    Rollout,
+    Scorers,
+    decode_responses,
+    length_sorted,
+    score_samples,
+    token_groups,
+)
 from rlhf_lightning.rollout.reward_sources import RewardSource, Scores, ScoringBatch
 from rlhf_lightning.rollout.sampler import Samples
 
@@ -128,6 +137,14 @@ def test_progress_counts_rows(scorers: Scorers, word_tokenizer: PreTrainedTokeni
     calls: list[tuple[int, int]] = []
     score(scorers, word_tokenizer, [[1], [0, 2]], progress=lambda done, of: calls.append((done, of)))
     assert calls == [(1, 3), (3, 3)]
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=30), st.integers(1, 50))
+def test_a_group_holds_no_more_tokens_than_asked_for(lengths: list[int], most: int) -> None:
+    groups = [group.tolist() for group in token_groups(torch.tensor(lengths), most)]
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) == 1 or sum(lengths[row] for row in group) <= most
 
 
 def test_groups_go_from_long_to_short_and_hold_every_row_once() -> None:
