@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from rlhf_lightning.functional.logprobs import entropy_from_logits, logprobs_from_logits
 
 #: Logits that exist at a time, at most; twice as many at once are not cut.
-CHUNK = 2**23
+CHUNK = 2**22
 
 
 class HeadOutput(NamedTuple):
