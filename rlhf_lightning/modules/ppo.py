@@ -142,6 +142,7 @@ class PPOModule(RolloutModule):
             self._self_checked = True
         with watch("update"):
             sums = self.update(experience)
+            self._optimizer().zero_grad(set_to_none=True)  # as large as the weights, and of no use to the next rollout
         self._finish_iteration(rollout, experience, sums, watch)
 
     def estimate(self, rollout: Rollout) -> Experience:
