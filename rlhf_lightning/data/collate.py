@@ -91,6 +91,16 @@ class PairBatch(NamedTuple):
     rejected: SequenceBatch
     margins: Tensor | None = None
 
+    @property
+    def lengths(self) -> Tensor:
+        """Real tokens of both sides of each pair, shape (pairs,)."""
+        return self.chosen.lengths + self.rejected.lengths
+
+    def select(self, rows: Tensor) -> "PairBatch":
+        """Return these pairs."""
+        margins = None if self.margins is None else self.margins[rows]
+        return PairBatch(self.chosen.select(rows), self.rejected.select(rows), margins)
+
 
 class LabelledBatch(NamedTuple):
     """Responses with a label each: 1 for a good one and 0 for a bad one, or a rating.
@@ -102,6 +112,10 @@ class LabelledBatch(NamedTuple):
 
     sequences: SequenceBatch
     labels: Tensor
+
+    def select(self, rows: Tensor) -> "LabelledBatch":
+        """Return these responses."""
+        return LabelledBatch(self.sequences.select(rows), self.labels[rows])
 
 
 class PromptBatch(NamedTuple):

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from rlhf_lightning.evaluation.judges import Judgement, Judges
 from rlhf_lightning.evaluation.prompts import PromptSet
-from rlhf_lightning.functional.sequences import SequenceBatch, pad_sequences
+from rlhf_lightning.functional.sequences import SequenceBatch, length_sorted, pad_sequences
 from rlhf_lightning.models.causal_lm import response_logprobs
-from rlhf_lightning.rollout.collect import decode_responses, length_sorted
+from rlhf_lightning.rollout.collect import decode_responses
 from rlhf_lightning.rollout.decoding import CachedSampler
 from rlhf_lightning.rollout.reward_sources import ScoringBatch
 from rlhf_lightning.rollout.sampler import SamplingConfig

@@ -110,6 +110,44 @@ def pad_sequences(rows: Sequence[Sequence[int]], *, pad_id: int, left: bool = Fa
     return torch.tensor(padded, dtype=torch.int64).view(len(rows), size), torch.tensor(lengths, dtype=torch.int64)
 
 
+def length_sorted(lengths: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Cut rows into groups of at most ``size``, longest first, so that a group pads little.
+
+    Args:
+        lengths: Tokens of each row, shape (batch,).
+        size: Rows in a group.
+
+    Returns:
+        Row numbers of each group.
+    """
+    return lengths.argsort(descending=True, stable=True).split(size)
+
+
+def token_groups(lengths: Tensor, max_tokens: int) -> tuple[Tensor, ...]:
+    """Cut rows into groups of at most ``max_tokens``, longest first; a row that is longer stands alone.
+
+    Args:
+        lengths: Tokens of each row, shape (batch,).
+        max_tokens: In a group.
+
+    Returns:
+        Row numbers of each group.
+
+    Example:
+        >>> token_groups(torch.tensor([3, 9, 2, 4]), 7)
+        (tensor([1]), tensor([3, 0]), tensor([2]))
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    sizes, room = [0], max_tokens
+    for length in lengths[order].tolist():
+        if length > room and sizes[-1]:
+            sizes.append(0)
+            room = max_tokens
+        sizes[-1] += 1
+        room -= length
+    return order.split(sizes)
+
+
 class SequenceBatch(NamedTuple):
     """Prompts followed by their responses, without a gap, padded on the right.
 

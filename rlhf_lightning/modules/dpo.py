@@ -13,7 +13,8 @@ from rlhf_lightning.functional.preference import length_desensitised_logprobs
 from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.metrics import MarginStatistics, MaskedMean, RewardAccuracy, TieShare, pair_points
 from rlhf_lightning.models.causal_lm import response_logprobs
-from rlhf_lightning.modules.reference import ReferenceModule, mean_over_processes
+from rlhf_lightning.modules.microbatches import joined
+from rlhf_lightning.modules.reference import ReferenceModule, rows_of_a_process
 
 
 class PairOutcome(NamedTuple):
@@ -49,6 +50,8 @@ class DPOModule(ReferenceModule):
             teaches less to write longer, 1 is off (LD-DPO, Liu et al. 2024).
         reference_free: True loads no reference and counts its log-probabilities as 0: less memory, and nothing that
             holds the policy where it started.
+        max_tokens_per_microbatch: Tokens, prompts included, in one forward pass of a process, at most; a longer
+            pair goes alone. More is faster and needs more memory; no result changes.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer, stepped once a training step; ``null`` keeps the learning rate.
 
@@ -65,10 +68,11 @@ class DPOModule(ReferenceModule):
         loss: PreferenceLoss | None = None,
         ld_alpha: float = 1.0,
         reference_free: bool = False,
+        max_tokens_per_microbatch: int = 4096,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0, fused=True),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(policy, reference, reference_free, optimizer, lr_scheduler)
+        super().__init__(policy, reference, reference_free, max_tokens_per_microbatch, optimizer, lr_scheduler)
         if not 0 <= ld_alpha <= 1:
             raise UserError(f"ld_alpha is {ld_alpha}; it must lie in [0, 1] (1 is off).")
         # By value: objects stay out, which a weights-only load would refuse.
@@ -81,8 +85,15 @@ class DPOModule(ReferenceModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the mean loss of the pairs of all processes."""
-        losses, *parts = outcome = self.evaluate(batch)
-        loss = mean_over_processes(losses)
+        outcomes: list[PairOutcome] = []
+        pairs = rows_of_a_process(batch.lengths)
+
+        def loss_of(rows: Tensor) -> Tensor:
+            outcomes.append(self.evaluate(batch.select(rows)))
+            return outcomes[-1].losses.sum() / pairs
+
+        loss = self.sum_of_parts(batch.lengths, loss_of, batch_idx)
+        _, *parts = outcome = joined(outcomes)
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
         margins = outcome.reward_chosen - outcome.reward_rejected
         accuracy = pair_points(outcome.reward_chosen, outcome.reward_rejected)

@@ -15,24 +15,23 @@ from rlhf_lightning.functional.preference import kto_loss, kto_reference_point
 from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.metrics import MaskedMean
 from rlhf_lightning.models.causal_lm import response_logprobs
-from rlhf_lightning.modules.reference import ReferenceModule, mean_over_processes
+from rlhf_lightning.modules.microbatches import joined
+from rlhf_lightning.modules.reference import ReferenceModule, rows_of_a_process
 
 log = logging.getLogger(__name__)
 
 
 class LabelledOutcome(NamedTuple):
-    """What a batch of labelled responses came to; of shape (batch,) but for the scalar ``kl``.
+    """What labelled responses came to; each of shape (batch,).
 
     Attributes:
-        losses: With gradient, float32.
-        kl: The reference point z₀, nats a sequence; without gradient, as are the rest.
+        losses: With gradient, float32; the rest is without.
         desirable: True for a good response, bool.
         rewards: β times the log-ratio of each response, float32.
         logprobs: Log-probability of each response under the policy, nats.
     """
 
     losses: Tensor
-    kl: Tensor
     desirable: Tensor
     rewards: Tensor
     logprobs: Tensor
@@ -54,6 +53,8 @@ class KTOModule(ReferenceModule):
         undesirable_weight: Weight of bad ones, at least 0. Where the two kinds are unequally many, the paper wants
             desirable_weight · good / (undesirable_weight · bad) in [1, 1.5].
         threshold: Labels above it are good: 0.5 serves for true and false; for ratings give the one in the middle.
+        max_tokens_per_microbatch: Tokens, prompts included, in one forward pass of a process, at most; a longer
+            sequence goes alone. More is faster and needs more memory; no result changes.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer, stepped once a training step; ``null`` keeps the learning rate.
 
@@ -71,10 +72,11 @@ class KTOModule(ReferenceModule):
         desirable_weight: float = 1.0,
         undesirable_weight: float = 1.0,
         threshold: float = 0.5,
+        max_tokens_per_microbatch: int = 4096,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0, fused=True),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(policy, reference, False, optimizer, lr_scheduler)
+        super().__init__(policy, reference, False, max_tokens_per_microbatch, optimizer, lr_scheduler)
         if not beta > 0:
             raise UserError(f"beta is {beta}; it must be above 0.")
         weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
@@ -110,10 +112,17 @@ class KTOModule(ReferenceModule):
 
     def training_step(self, batch: LabelledBatch, batch_idx: int) -> Tensor:
         """Return the mean loss of the responses of all processes."""
-        outcome = self.evaluate(batch)
-        loss = mean_over_processes(outcome.losses)
+        outcomes: list[LabelledOutcome] = []
+        responses, reference_point = rows_of_a_process(batch.labels), self._reference_point(batch.sequences)
+
+        def loss_of(rows: Tensor) -> Tensor:
+            outcomes.append(self.evaluate(batch.select(rows), reference_point))
+            return outcomes[-1].losses.sum() / responses
+
+        loss = self.sum_of_parts(batch.sequences.lengths, loss_of, batch_idx)
+        outcome = joined(outcomes)
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
-        self.log("train/kl", outcome.kl, sync_dist=True)
+        self.log("train/kl", reference_point, sync_dist=True)
         for kind, rows in (("desirable", outcome.desirable), ("undesirable", ~outcome.desirable)):
             self._log_means({f"reward_{kind}": outcome.rewards, f"logprob_{kind}": outcome.logprobs}, of=rows)
         self._log_learning_rate()
@@ -121,9 +130,10 @@ class KTOModule(ReferenceModule):
 
     def validation_step(self, batch: LabelledBatch, batch_idx: int) -> None:
         """Take note of a batch of responses."""
-        outcome = self.evaluate(batch)
+        reference_point = self._reference_point(batch.sequences)
+        outcome = self.evaluate(batch, reference_point)
         self.val_means["loss"].update(outcome.losses)
-        self.val_means["kl"].update(outcome.kl)
+        self.val_means["kl"].update(reference_point)
         for kind, rows in (("desirable", outcome.desirable), ("undesirable", ~outcome.desirable)):
             self.val_means[f"reward_{kind}"].update(outcome.rewards, rows)
             self.val_means[f"logprob_{kind}"].update(outcome.logprobs, rows)
@@ -151,13 +161,19 @@ class KTOModule(ReferenceModule):
         logratios, _ = self._logratios(batch.sequences)
         return {"prompt": prompts, "response": responses, "label": batch.labels, "reward": self.beta * logratios}
 
-    def evaluate(self, batch: LabelledBatch) -> LabelledOutcome:
-        """Return losses, reference point, implied rewards and log-probabilities of a batch of labelled responses."""
+    def evaluate(self, batch: LabelledBatch, reference_point: Tensor) -> LabelledOutcome:
+        """Return losses, implied rewards and log-probabilities of labelled responses.
+
+        Args:
+            batch: The responses.
+            reference_point: z₀ of the batch that they are from, nats, a scalar.
+        """
         logratios, logprobs = self._logratios(batch.sequences)
-        kl = self._reference_point(batch.sequences)
         desirable = batch.labels > self.threshold
-        losses = kto_loss(logratios=logratios, desirable=desirable, reference_point=kl, beta=self.beta, **self.weights)
-        return LabelledOutcome(losses, kl, desirable, self.beta * logratios.detach(), logprobs.detach())
+        losses = kto_loss(
+            logratios=logratios, desirable=desirable, reference_point=reference_point, beta=self.beta, **self.weights
+        )
+        return LabelledOutcome(losses, desirable, self.beta * logratios.detach(), logprobs.detach())
 
     @torch.no_grad()
     def _reference_point(self, batch: SequenceBatch) -> Tensor:

@@ -18,6 +18,7 @@ from rlhf_lightning.algorithm.score_transforms import ScoreTransform, load_trans
 from rlhf_lightning.data.collate import PromptBatch
 from rlhf_lightning.distributed import global_sum, world_size
 from rlhf_lightning.functional.losses import ValueLoss, token_mean_weights
+from rlhf_lightning.functional.sequences import token_groups
 from rlhf_lightning.models.causal_lm import ResponsePass, response_pass
 from rlhf_lightning.modules.manual import accumulating, clip_and_step, counted_as_one_step
 from rlhf_lightning.modules.ppo_checks import (
@@ -28,7 +29,7 @@ from rlhf_lightning.modules.ppo_checks import (
 )
 from rlhf_lightning.modules.ppo_report import Stopwatch, UpdateSums, rollout_metrics, sample_rows
 from rlhf_lightning.modules.rollout_module import RolloutModule
-from rlhf_lightning.rollout.collect import Rollout, token_groups
+from rlhf_lightning.rollout.collect import Rollout
 from rlhf_lightning.rollout.reward_sources import RewardSource
 from rlhf_lightning.rollout.sampler import Sampler, SamplingConfig
 from rlhf_lightning.seeding import derive_seed, derived_generator, run_seed

@@ -11,7 +11,7 @@ from torchmetrics import PearsonCorrCoef, SpearmanCorrCoef
 from rlhf_lightning.data.collate import LabelledBatch
 from rlhf_lightning.functional.reward_losses import rating_loss
 from rlhf_lightning.metrics import MaskedMean
-from rlhf_lightning.modules.reference import mean_over_processes
+from rlhf_lightning.modules.reference import rows_of_a_process
 from rlhf_lightning.modules.scoring import ScoringModule
 
 
@@ -29,6 +29,8 @@ class RatingModule(ScoringModule):
             draws a new one with 1/√(d + 1) for hidden size d.
         store_score_statistics: True writes mean and standard deviation of the validation scores into the exported
             config, for ``RewardModel(normalize=True)``; see ``RewardModule``.
+        max_tokens_per_microbatch: Tokens, prompts included, in one forward pass of a process, at most; a longer
+            sequence goes alone. More is faster and needs more memory; no result changes.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer, stepped once a training step; ``null`` keeps the learning rate.
 
@@ -43,10 +45,11 @@ class RatingModule(ScoringModule):
         model: str,
         head_std: float | None = None,
         store_score_statistics: bool = False,
+        max_tokens_per_microbatch: int = 4096,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.0, fused=True),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(model, head_std, store_score_statistics, optimizer, lr_scheduler)
+        super().__init__(model, head_std, store_score_statistics, max_tokens_per_microbatch, optimizer, lr_scheduler)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.val_loss, self.pearson = MaskedMean(), PearsonCorrCoef()
         with warnings.catch_warnings():
@@ -60,7 +63,13 @@ class RatingModule(ScoringModule):
     def training_step(self, batch: LabelledBatch, batch_idx: int) -> Tensor:
         """Return the mean squared error of the responses of all processes."""
         self._note_scored_token(batch.sequences)
-        loss = mean_over_processes(rating_loss(self.batch_scores(batch), batch.labels))
+        responses = rows_of_a_process(batch.labels)
+
+        def loss_of(rows: Tensor) -> Tensor:
+            part = batch.select(rows)
+            return rating_loss(self.batch_scores(part), part.labels).sum() / responses
+
+        loss = self.sum_of_parts(batch.sequences.lengths, loss_of, batch_idx)
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
         self._log_learning_rate()
         return loss

@@ -17,18 +17,20 @@ from rlhf_lightning.models.loading import (
     refuse_foreign_tokens,
 )
 from rlhf_lightning.modules.base import ModelModule
+from rlhf_lightning.modules.microbatches import MicroBatching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class ReferenceModule(ModelModule):
+class ReferenceModule(MicroBatching, ModelModule):
     """Base of the modules that train a policy on given responses beside a frozen reference.
 
     Args:
         policy: Hugging Face folder or hub name of the model to be tuned.
         reference: Folder or hub name of the reference; ``None`` takes a copy of the policy as it starts.
         reference_free: True loads no reference; its log-probabilities count as 0.
+        max_tokens_per_microbatch: Tokens in one forward pass of a process.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer, stepped once a training step; ``None`` keeps the learning rate.
     """
@@ -40,10 +42,12 @@ class ReferenceModule(ModelModule):
         policy: str,
         reference: str | None,
         reference_free: bool,
+        max_tokens_per_microbatch: int,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
     ) -> None:
         super().__init__(policy, optimizer, lr_scheduler)
+        self.take_microbatches(max_tokens_per_microbatch)
         if reference is not None and reference_free:
             raise UserError(f"reference is {reference!r}, but reference_free is true; leave one of them out.")
         self.reference_name, self.reference_free = reference, reference_free
@@ -109,4 +113,13 @@ def mean_over_processes(losses: Tensor) -> Tensor:
     Args:
         losses: Shape (batch,), of unequal size on the processes.
     """
-    return losses.sum() * world_size() / global_sum(losses.new_tensor(float(len(losses))))
+    return losses.sum() / rows_of_a_process(losses)
+
+
+def rows_of_a_process(rows: Tensor) -> Tensor:
+    """Return the mean number of rows over the processes, by which a sum of losses becomes one's share of their mean.
+
+    Args:
+        rows: Anything of a row each, shape (batch, ...), of unequal size on the processes.
+    """
+    return global_sum(torch.tensor(float(len(rows)), device=rows.device)) / world_size()

@@ -12,7 +12,7 @@ from rlhf_lightning.functional.losses import preference_loss
 from rlhf_lightning.functional.reward_losses import center_loss
 from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.metrics import MarginStatistics, MaskedMean, RewardAccuracy, TieShare, pair_points
-from rlhf_lightning.modules.reference import mean_over_processes
+from rlhf_lightning.modules.reference import mean_over_processes, rows_of_a_process
 from rlhf_lightning.modules.scoring import ScoringModule
 
 
@@ -36,6 +36,8 @@ class RewardModule(ScoringModule):
             chosen and rejected, into the exported config as ``score_mean`` and ``score_std``, for
             ``RewardModel(normalize=True)``. They are measured in each validation and, where weights have changed since,
             once more at the end of an epoch; a checkpoint between holds those of the validation before it.
+        max_tokens_per_microbatch: Tokens, prompts included, in one forward pass of a process, at most; a longer
+            pair goes alone. More is faster and needs more memory; no result changes.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer, stepped once a training step; ``null`` keeps the learning rate.
 
@@ -53,10 +55,11 @@ class RewardModule(ScoringModule):
         center_coef: float = 0.0,
         head_std: float | None = None,
         store_score_statistics: bool = False,
+        max_tokens_per_microbatch: int = 4096,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.0, fused=True),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(model, head_std, store_score_statistics, optimizer, lr_scheduler)
+        super().__init__(model, head_std, store_score_statistics, max_tokens_per_microbatch, optimizer, lr_scheduler)
         if not center_coef >= 0:
             raise UserError(f"center_coef is {center_coef}; it must be at least 0 (0 is off).")
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
@@ -71,15 +74,23 @@ class RewardModule(ScoringModule):
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the mean loss of the pairs of all processes."""
         self._note_scored_token(batch.chosen)
-        chosen, rejected = self._scores(batch)
-        loss = mean_over_processes(self._losses(batch, chosen, rejected))
-        margins = (chosen - rejected).detach()
+        scores: list[tuple[Tensor, Tensor]] = []
+        pairs = rows_of_a_process(batch.lengths)
+
+        def loss_of(rows: Tensor) -> Tensor:
+            part = batch.select(rows)
+            scores.append(self._scores(part))
+            return self._losses(part, *scores[-1]).sum() / pairs
+
+        loss = self.sum_of_parts(batch.lengths, loss_of, batch_idx)
+        chosen, rejected = (torch.cat(side).detach() for side in zip(*scores, strict=True))
+        margins = chosen - rejected
         accuracy = pair_points(chosen, rejected)
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
         self.log("train/accuracy", mean_over_processes(accuracy), prog_bar=True, sync_dist=True)
         self.log("train/margin", mean_over_processes(margins), sync_dist=True)
         if self.center_coef:
-            center = mean_over_processes(center_loss(chosen.detach(), rejected.detach()))
+            center = mean_over_processes(center_loss(chosen, rejected))
             self.log("train/center_loss", center, sync_dist=True)
         self._log_learning_rate()
         return loss

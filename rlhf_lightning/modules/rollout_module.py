@@ -11,11 +11,11 @@ from rlhf_lightning.algorithm.critics import Critic
 from rlhf_lightning.data.collate import PromptBatch
 from rlhf_lightning.distributed import global_sum
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.functional.sequences import SequenceBatch
+from rlhf_lightning.functional.sequences import SequenceBatch, token_groups
 from rlhf_lightning.models.loading import load_causal_lm, load_reference
 from rlhf_lightning.modules.base import ModelModule
 from rlhf_lightning.modules.ppo_report import rollout_metrics, sample_rows
-from rlhf_lightning.rollout.collect import Rollout, Scorers, score_samples, token_groups
+from rlhf_lightning.rollout.collect import Rollout, Scorers, score_samples
 from rlhf_lightning.rollout.decoding import CachedSampler
 from rlhf_lightning.rollout.reward_sources import RewardSource
 from rlhf_lightning.rollout.sampler import Sampler, Samples, SamplingConfig, resolve_stop_ids

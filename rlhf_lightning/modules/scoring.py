@@ -18,6 +18,7 @@ from rlhf_lightning.models.export import CHECKPOINT_KEY
 from rlhf_lightning.models.loading import is_sequence_classifier, load_sequence_classifier
 from rlhf_lightning.models.scalar_head import ScalarModel, ensure_distinct_pad
 from rlhf_lightning.modules.base import ModelModule
+from rlhf_lightning.modules.microbatches import MicroBatching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 _NOTED = ("scored_token_id", "score_mean", "score_std")
 
 
-class ScoringModule(ModelModule):
+class ScoringModule(MicroBatching, ModelModule):
     """Base of the modules that train an ``AutoModelForSequenceClassification`` with one label, read at the last token.
 
     Args:
@@ -37,6 +38,7 @@ class ScoringModule(ModelModule):
         head_std: Standard deviation of the head's first weights; ``None`` keeps those of a reward model and draws those
             of a new head with 1/√(d + 1), where d is the hidden size.
         store_score_statistics: Whether mean and standard deviation of the validation scores go into the config.
+        max_tokens_per_microbatch: Tokens in one forward pass of a process.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer, stepped once a training step; ``None`` keeps the learning rate.
     """
@@ -48,10 +50,12 @@ class ScoringModule(ModelModule):
         model: str,
         head_std: float | None,
         store_score_statistics: bool,
+        max_tokens_per_microbatch: int,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
     ) -> None:
         super().__init__(model, optimizer, lr_scheduler)
+        self.take_microbatches(max_tokens_per_microbatch)
         if head_std is not None and not head_std >= 0:
             raise UserError(f"head_std is {head_std}; it must be at least 0, or null for 1/sqrt(hidden size + 1).")
         self.head_std, self.store_score_statistics = head_std, store_score_statistics

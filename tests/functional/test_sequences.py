@@ -7,9 +7,11 @@ from rlhf_lightning.functional.sequences import (
     SequenceBatch,
     first_true_index,
     length_mask,
+    length_sorted,
     pad_sequences,
     position_ids_from_mask,
     response_lengths,
+    token_groups,
 )
 
 ids = st.lists(st.integers(0, 9), min_size=1, max_size=5)
@@ -127,3 +129,16 @@ def test_flat_results_go_back_to_their_places() -> None:
 def test_ids_are_int64(left: bool) -> None:
     padded, lengths = pad_sequences([[1], [2, 3]], pad_id=0, left=left)
     assert padded.dtype == lengths.dtype == torch.int64
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=30), st.integers(1, 50))
+def test_a_group_holds_no_more_tokens_than_asked_for(lengths: list[int], most: int) -> None:
+    groups = [group.tolist() for group in token_groups(torch.tensor(lengths), most)]
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) == 1 or sum(lengths[row] for row in group) <= most
+
+
+def test_groups_go_from_long_to_short_and_hold_every_row_once() -> None:
+    groups = length_sorted(torch.tensor([3, 9, 1, 9, 5]), size=2)
+    assert [group.tolist() for group in groups] == [[1, 3], [4, 0], [2]]  # equal lengths keep their order

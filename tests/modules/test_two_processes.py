@@ -134,7 +134,7 @@ def main(world_size: int, rank: int, language_model: str, reward_model: str, sou
     responses = [[20 + number] * (1 + number % 4) + [4] for number in range(7)]
     demonstrations = [SequenceExample([5, 6 + number], response) for number, response in enumerate(responses)]
     texts = loaders(world_size, rank, demonstrations, functools.partial(collate_sequences, pad_id=4))
-    results["sft"] = run(world_size, SFTModule(language_model, optimizer=sgd), 1, **texts)
+    results["sft"] = run(world_size, SFTModule(language_model, optimizer=sgd, max_tokens_per_microbatch=12), 1, **texts)
     pairs = [PairExample(*a, b.response_ids) for a, b in itertools.pairwise(demonstrations)]
     data = loaders(world_size, rank, [*pairs, pairs[0]], functools.partial(collate_pairs, pad_id=4))
     results["reward"] = run(world_size, RewardModule(reward_model, optimizer=sgd), 1, **data)

@@ -86,12 +86,13 @@ def run(world_size: int, rank: int, module: LightningModule, examples: list[Any]
 
 
 def main(world_size: int, rank: int, policy: str, reference: str) -> dict[str, dict[str, Any]]:
-    sgd = functools.partial(torch.optim.SGD, lr=1.0)
-    dpo = functools.partial(DPOModule, policy, reference=reference, optimizer=sgd)
-    kto = functools.partial(KTOModule, policy, reference=reference, beta=0.3, optimizer=sgd)
+    # In parts of a row or two, of which the processes have unequally many.
+    common: Any = {"optimizer": functools.partial(torch.optim.SGD, lr=1.0), "max_tokens_per_microbatch": 20}
+    dpo = functools.partial(DPOModule, policy, reference=reference, **common)
+    kto = functools.partial(KTOModule, policy, reference=reference, beta=0.3, **common)
     torch.manual_seed(0)  # heads are drawn
-    reward = RewardModule(policy, center_coef=0.1, store_score_statistics=True, optimizer=sgd)
-    rating = RatingModule(policy, store_score_statistics=True, optimizer=sgd)
+    reward = RewardModule(policy, center_coef=0.1, store_score_statistics=True, **common)
+    rating = RatingModule(policy, store_score_statistics=True, **common)
     return {
         "reward": run(world_size, rank, reward, WITH_MARGINS, collate_pairs),
         "rating": run(world_size, rank, rating, RATED, collate_labelled),

@@ -4,8 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -16,9 +14,7 @@ from rlhf_lightning.rollout.collect import (
     Rollout,
     Scorers,
     decode_responses,
-    length_sorted,
     score_samples,
-    token_groups,
 )
 from rlhf_lightning.rollout.reward_sources import RewardSource, Scores, ScoringBatch
 from rlhf_lightning.rollout.sampler import Samples
@@ -137,19 +133,6 @@ def test_progress_counts_rows(scorers: Scorers, word_tokenizer: PreTrainedTokeni
     calls: list[tuple[int, int]] = []
     score(scorers, word_tokenizer, [[1], [0, 2]], progress=lambda done, of: calls.append((done, of)))
     assert calls == [(1, 3), (3, 3)]
-
-
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=30), st.integers(1, 50))
-def test_a_group_holds_no_more_tokens_than_asked_for(lengths: list[int], most: int) -> None:
-    groups = [group.tolist() for group in token_groups(torch.tensor(lengths), most)]
-    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
-    for group in groups:
-        assert len(group) == 1 or sum(lengths[row] for row in group) <= most
-
-
-def test_groups_go_from_long_to_short_and_hold_every_row_once() -> None:
-    groups = length_sorted(torch.tensor([3, 9, 1, 9, 5]), size=2)
-    assert [group.tolist() for group in groups] == [[1, 3], [4, 0], [2]]  # equal lengths keep their order
 
 
 def test_padding_is_not_decoded_even_if_its_id_is_a_word() -> None:
