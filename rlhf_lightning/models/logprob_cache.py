@@ -1,0 +1,103 @@
+"""Log-probabilities under a frozen model, computed once and kept on disk by what they were computed from."""
+
+import os
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.functional.sequences import SequenceBatch, length_mask
+
+
+class LogprobCache:
+    """What one frozen model says of responses, found again by the token ids of prompt and response.
+
+    Args:
+        folder: Where it is kept; models and precisions lie in folders of their own there.
+        model: What tells the model from others, such as a digest of its weights.
+        precision: That of the passes, as it moves the numbers.
+
+    Raises:
+        UserError: If the folder cannot be made.
+    """
+
+    def __init__(self, folder: str | Path, *, model: str, precision: str) -> None:
+        self.folder = Path(folder) / f"{blake2b(model.encode(), digest_size=8).hexdigest()}-{precision}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as fault:
+            raise UserError(f"reference_cache '{folder}' cannot be made a folder: {fault.strerror}.") from fault
+        self.model = model
+        self._found: dict[bytes, Tensor] = {}
+        self._new: dict[bytes, Tensor] = {}
+        self.load()
+
+    def __len__(self) -> int:
+        """Return the number of sequences."""
+        return len(self._found)
+
+    def load(self) -> None:
+        """Read what is on disk, other processes' parts too."""
+        from safetensors.torch import load_file
+
+        for path in sorted(self.folder.glob("*.safetensors")):
+            part = load_file(path)
+            keys = [key.numpy().tobytes() for key in part["keys"]]
+            self._found.update(zip(keys, part["logprobs"].split(part["lengths"].tolist()), strict=True))
+
+    def missing(self, batch: SequenceBatch) -> list[int]:
+        """Return the numbers of the rows that it does not know."""
+        return [row for row, key in enumerate(keys_of(batch)) if key not in self._found]
+
+    def put(self, batch: SequenceBatch, logprobs: Tensor) -> None:
+        """Take in all rows of a batch.
+
+        Args:
+            batch: Prompts and responses.
+            logprobs: Of each response token, nats, shape (batch, response).
+        """
+        lengths = batch.response_lengths.tolist()
+        for key, row, length in zip(keys_of(batch), logprobs.float().cpu(), lengths, strict=True):
+            self._found[key] = self._new[key] = row[:length].clone()
+
+    def get(self, batch: SequenceBatch) -> Tensor:
+        """Return the log-probability of each response token, nats, shape (batch, response), zero where masked."""
+        mask = length_mask(batch.response_lengths)
+        flat = torch.cat([self._found[key] for key in keys_of(batch)]).to(mask.device)
+        return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+
+    def save(self) -> None:
+        """Write what was taken in since; whole files only, so that a kill leaves none half written."""
+        from safetensors.torch import save_file
+
+        if not self._new:
+            return
+        rows, keys = list(self._new.values()), b"".join(self._new)
+        path = self.folder / f"{blake2b(keys, digest_size=8).hexdigest()}.safetensors"
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        tensors = {
+            "keys": torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(len(rows), -1),
+            "lengths": torch.tensor([len(row) for row in rows]),
+            "logprobs": torch.cat(rows),
+        }
+        save_file(tensors, unfinished)
+        unfinished.replace(path)
+        self._new.clear()
+
+
+def keys_of(batch: SequenceBatch) -> Iterable[bytes]:
+    """Yield a digest of each row: of its token ids, and of where the response begins.
+
+    Example:
+        >>> ids, two = torch.tensor([[5, 6, 7, 0], [5, 6, 7, 9]]), torch.tensor([2, 2])
+        >>> first, second = keys_of(SequenceBatch(ids, two, torch.tensor([1, 1])))
+        >>> first == second, len(first)  # what lies behind the end does not count
+        (True, 16)
+    """
+    ids: Sequence[Sequence[int]] = batch.input_ids.tolist()
+    for row, prompt, length in zip(ids, batch.prompt_lengths.tolist(), batch.lengths.tolist(), strict=True):
+        numbers = torch.tensor([prompt, *row[:length]], dtype=torch.int64)
+        yield blake2b(numbers.numpy().tobytes(), digest_size=16).digest()
