@@ -7,8 +7,6 @@ import threading
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from rlhf_lightning.distributed import any_process
-
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -64,6 +62,8 @@ class Interruption:
 
         All processes have to call this at the same point: Ctrl-C reaches them one after the other, or only one of them.
         """
+        from rlhf_lightning.distributed import any_process  # imports torch, which the command line wants to do late
+
         (agreed,) = any_process(self.asked)
         if agreed:
             self.stop(trainer)
