@@ -25,6 +25,9 @@ class Critic(nn.Module, ABC):
         warmup_iterations: Iterations at the start in which it learns alone and the policy stays as it is; 0 is off.
     """
 
+    #: Whether gradients of the values flow into the policy's pass too.
+    reads_policy = True
+
     def __init__(self, learning_rate: float | None = None, warmup_iterations: int = 0) -> None:
         super().__init__()
         for name, value in (("learning_rate", learning_rate), ("warmup_iterations", warmup_iterations)):
@@ -65,6 +68,8 @@ class SeparateCritic(Critic):
     References:
         Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO": the critic starts from the reward model.
     """
+
+    reads_policy = False
 
     def __init__(
         self,

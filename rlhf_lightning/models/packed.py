@@ -60,7 +60,8 @@ def packable(backbone: Any) -> bool:
     Not so where attention is not ``sdpa``, where something beside attention looks at other tokens (convolutions, states
     that are carried along), or where activations are computed again backwards, outside of the pass.
     """
-    if getattr(backbone, "is_gradient_checkpointing", False):
+    # One name from transformers 5.2x on, the other before.
+    if any(vars(module).get("gradient_checkpointing", False) for module in backbone.modules()):
         return False
     if backbone not in _PACKABLE:
         _PACKABLE[backbone] = _probe(backbone)

@@ -1,6 +1,6 @@
 """PPO for language models: policy, value and reference in one LightningModule, one iteration a training step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -198,7 +198,8 @@ class PPOModule(RolloutModule):
         before = sums.sums["approx_kl"].clone()
         for number, (part, estimate) in enumerate(zip(micro_batches, advantages, strict=True), start=1):
             with accumulating(self, last=number == len(micro_batches)):
-                self.manual_backward(self._loss(part, estimate, size, sums))
+                for loss in self._losses(part, estimate, size, sums):
+                    self.manual_backward(loss)
         sums.minibatches += 1
         if self.warming_up:  # without a gradient, the optimizer leaves weights and moments alone
             for parameter in self.policy.parameters():
@@ -229,7 +230,12 @@ class PPOModule(RolloutModule):
                 groups[1]["lr"] = self.critic.learning_rate
         return self._optimizer_of(groups)
 
-    def _loss(self, part: Experience, advantages: Tensor, size: MinibatchSize, sums: UpdateSums) -> Tensor:
+    def _losses(self, part: Experience, advantages: Tensor, size: MinibatchSize, sums: UpdateSums) -> Iterator[Tensor]:
+        """Yield what is to be differentiated, one after the other: the policy's loss, then the critic's.
+
+        So the activations of only one of them exist at a time. Together where the critic reads the policy's pass, and
+        with several processes, which exchange the gradients of all weights in one backward pass.
+        """
         objective = self.policy_objective
         output = response_pass(
             self.policy,
@@ -253,11 +259,15 @@ class PPOModule(RolloutModule):
         if self.kl.loss_coef:
             kl_loss = self.kl.loss_coef * (weights * self.kl.estimate(output.logprobs, part.ref_logprobs)).sum()
             loss = loss + kl_loss
+        apart = self.critic is not None and not self.critic.reads_policy and world_size() == 1
+        if apart:
+            yield loss
+            loss = loss.detach()
         value_loss = self._value_loss(part, output, size)
         if value_loss is not None:
             loss = loss + self.value_objective.coef * value_loss.loss
+        yield loss
         sums.add_micro_batch(loss, policy_loss, value_loss, kl_loss, output.entropy, part.response_mask)
-        return loss
 
     def _value_loss(self, part: Experience, output: ResponsePass, size: MinibatchSize) -> ValueLoss | None:
         if self.critic is None:

@@ -10,6 +10,7 @@ import torch
 from lightning import Trainer
 
 from rlhf_lightning import PPOModule, PromptDataModule
+from rlhf_lightning.algorithm.critics import SeparateCritic, TrunkCritic
 from rlhf_lightning.modules.ppo_report import Stopwatch
 from rlhf_lightning.rollout.decoding import CachedSampler
 
@@ -80,6 +81,44 @@ def test_what_is_kept_too_long_is_seen(
     trained = sum(p.nbytes for p in module.parameters() if p.requires_grad)
     first, second = live["rollout"]
     assert second - first > 2.9 * trained  # Adam's two moments and the gradients
+
+
+class Held:
+    """What a graph keeps for its backward pass."""
+
+    alive = 0
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor.detach()  # with its graph it would hold itself
+        Held.alive += tensor.nbytes
+
+    def __del__(self) -> None:
+        Held.alive -= self.tensor.nbytes
+
+
+@pytest.mark.parametrize(("critic", "apart"), [(SeparateCritic, True), (TrunkCritic, False)])
+def test_activations_of_the_policy_are_gone_when_a_critic_of_its_own_begins(
+    ppo: MakePPO,
+    prompts: Callable[..., PromptDataModule],
+    trainer: Callable[..., Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+    critic: Any,
+    apart: bool,
+) -> None:
+    held: list[int] = []
+    values = critic.values
+
+    def noted(self: Any, *arguments: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            held.append(Held.alive)
+        return torch.as_tensor(values(self, *arguments))
+
+    monkeypatch.setattr(critic, "values", noted)
+    module = ppo(critic=critic(), ppo_epochs=1)
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda holder: holder.tensor):
+        trainer(max_steps=1).fit(module, datamodule=prompts())
+    assert len(held) == 2
+    assert all(alive == 0 if apart else alive > 100_000 for alive in held), held
 
 
 def nothing(*arguments: Any, **options: Any) -> None:
