@@ -18,6 +18,7 @@ TRAINER_COMMANDS = {
     "predict": "run a module's predictions",
 }
 OTHER_COMMANDS = {
+    "plan": "tell what memory and time a fit will need, before anything is loaded",
     "pipeline": "run a list of stages, each from its config; finished ones are skipped",
     "compare": "compare models on prompts: a table and an HTML report",
     "export": "write a checkpoint's model as a Hugging Face folder",
@@ -112,6 +113,10 @@ def _dispatch(argv: list[str]) -> int:
         from rlhf_lightning.pipeline import pipeline_command
 
         return pipeline_command(arguments)
+    elif command == "plan":
+        from rlhf_lightning.planning.command import plan_command
+
+        return plan_command(arguments)
     else:
         from rlhf_lightning.commands import run_function_command
 

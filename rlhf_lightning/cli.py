@@ -55,9 +55,9 @@ class TrainerParser(OneLineErrors, LightningArgumentParser):
 class _Checked(Exception):  # noqa: N818 - a way out of LightningCLI's constructor, not an error
     """Ends :class:`TrainerCLI` once the arguments are known to be right."""
 
-    def __init__(self, settings: Namespace) -> None:
+    def __init__(self, settings: Namespace, objects: Namespace) -> None:
         super().__init__()
-        self.settings = settings
+        self.settings, self.objects = settings, objects
 
 
 class TrainerCLI(LightningCLI):
@@ -132,8 +132,8 @@ class TrainerCLI(LightningCLI):
         """Build module, data and Trainer; what a constructor refuses is the user's to put right."""
         try:
             if self.check_only:
-                self.parser.instantiate(self.config)
-                raise _Checked(self.settings)
+                objects = self.parser.instantiate(self.config)
+                raise _Checked(self.settings, objects[self.subcommand])
             super().instantiate_classes()
         except (ValueError, TypeError) as failure:
             refusal = refusal_of_constructor(failure)
@@ -213,10 +213,24 @@ def check_command(argv: list[str]) -> Namespace:
         UserError: If a constructor of the module, the data or a part of them refuses its arguments.
         SystemExit: With status 2 after one line on stderr, where the parser refuses one.
     """
+    return _check(argv).settings
+
+
+def checked_objects(argv: list[str]) -> tuple[Namespace, Any, Any]:
+    """Check a command line as :func:`check_command` does.
+
+    Returns:
+        The settings, the module and the data module; their models and rows are not loaded.
+    """
+    checked = _check(argv)
+    return checked.settings, checked.objects.model, checked.objects.data
+
+
+def _check(argv: list[str]) -> _Checked:
     try:
         TrainerCLI(argv, check_only=True)
     except _Checked as checked:
-        return checked.settings
+        return checked
     raise AssertionError("a command line that was to be checked was run")
 
 

@@ -44,6 +44,8 @@ def test_a_command_parses(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(ROOT)
     if argv[0] == "pipeline":
         assert read_pipeline(argv[argv.index("--config") + 1])[1]
+    elif argv[0] == "plan":
+        check_command(["fit", *argv[1:]])
     elif argv[0] in TRAINER_COMMANDS:
         if "--print_config" in argv:
             with pytest.raises(SystemExit) as ending:

@@ -23,13 +23,18 @@ log = logging.getLogger(__name__)
 #: Where a call of an attention function costs little, so that one a sequence beats padding in attention.
 _LOOPS_ON = ("cpu",)
 _NAME = "rlhf_lightning_packed"
-_LAYOUT: ContextVar["_Layout"] = ContextVar("layout of the packed row")
+_LAYOUT: ContextVar["Layout"] = ContextVar("layout of the packed row")
 _PACKABLE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @dataclass
-class _Layout:
-    """Tokens of each sequence, and whether some attention layer has told of a window that it looks back over."""
+class Layout:
+    """The sequences of a packed row.
+
+    Attributes:
+        lengths: Tokens of each.
+        told_window: Whether some attention layer has told of a window that it looks back over.
+    """
 
     lengths: list[int]
     told_window: bool = False
@@ -51,7 +56,7 @@ def hidden_states_at(backbone: Any, batch: SequenceBatch, rows: Tensor, columns:
     if int(lengths.sum()) == batch.input_ids.numel() or not packable(backbone):
         return _padded(backbone, batch.input_ids)[rows, columns]
     starts = lengths.cumsum(dim=0) - lengths
-    return _packed(backbone, batch.input_ids, _Layout(lengths.tolist()))[starts[rows] + columns]
+    return _packed(backbone, batch.input_ids, Layout(lengths.tolist()))[starts[rows] + columns]
 
 
 def packable(backbone: Any) -> bool:
@@ -75,10 +80,10 @@ def _padded(backbone: Any, ids: Tensor) -> Tensor:
     return states
 
 
-def _packed(backbone: Any, ids: Tensor, layout: _Layout) -> Tensor:
+def _packed(backbone: Any, ids: Tensor, layout: Layout) -> Tensor:
     mask = length_mask(torch.tensor(layout.lengths, device=ids.device), ids.shape[1])
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    with _attending_apart(backbone.config, layout):
+    with attending_apart(backbone.config, layout):
         output = backbone(input_ids=ids[mask][None], position_ids=positions[mask][None], use_cache=False)
     states: Tensor = output.last_hidden_state[0]
     return states
@@ -90,7 +95,7 @@ def _probe(backbone: Any) -> bool:
     if getattr(config, "_attn_implementation", None) != "sdpa" or getattr(config, "attention_chunk_size", None):
         return False
     weight = backbone.get_input_embeddings().weight
-    layout = _Layout([5, 2, 7])
+    layout = Layout([5, 2, 7])
     ids = torch.arange(21, device=weight.device).view(3, 7) % len(weight)
     mask = length_mask(torch.tensor(layout.lengths, device=weight.device))
     training = backbone.training
@@ -110,7 +115,8 @@ def _probe(backbone: Any) -> bool:
 
 
 @contextmanager
-def _attending_apart(config: Any, layout: _Layout) -> Iterator[None]:
+def attending_apart(config: Any, layout: Layout) -> Iterator[None]:
+    """Let the model of a config attend within each sequence of a packed row alone, while this lasts."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     # Without a mask function of that name, transformers builds no mask.

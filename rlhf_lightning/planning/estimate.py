@@ -1,0 +1,213 @@
+"""Memory and time of each phase of a run, part by part."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from rlhf_lightning.algorithm.critics import SeparateCritic, TrunkCritic
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.lm_head import CHUNK
+from rlhf_lightning.models.loading import load_config
+from rlhf_lightning.modules.base import ModelModule
+from rlhf_lightning.modules.ppo import PPOModule
+from rlhf_lightning.modules.reference import ReferenceModule
+from rlhf_lightning.modules.scoring import ScoringModule
+from rlhf_lightning.modules.sft import SFTModule
+from rlhf_lightning.planning.machine import Machine
+from rlhf_lightning.planning.tracing import Trace, optimizer_bytes, trace
+from rlhf_lightning.rollout.decoding import CachedSampler
+from rlhf_lightning.rollout.reward_sources import RewardModel
+
+_HEAD_TENSORS = 4  # of a chunk's logits: themselves, their exponentials, slopes, and a copy on the way
+_SMALL_OPERATIONS = 15  # a layer and token step
+
+
+@dataclass
+class Phase:
+    """One phase of an iteration.
+
+    Attributes:
+        name: Such as ``update``.
+        parts: Bytes of each part.
+        seconds: How long it takes.
+    """
+
+    name: str
+    parts: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Bytes of all parts."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What holds for all models of a run.
+
+    Attributes:
+        machine: Where it runs.
+        mixed: True for bf16-mixed.
+        processes: How many share the batch.
+    """
+
+    machine: Machine
+    mixed: bool
+    processes: int
+
+
+def estimate(module: ModelModule, data: Any, setting: Setting) -> list[Phase]:
+    """Return the phases of an iteration, or of a training step.
+
+    Args:
+        module: A module of this package, as its config describes it; its models are not loaded.
+        data: Its data module, not set up.
+        setting: Machine, precision and processes.
+
+    Raises:
+        UserError: If the module or the data module is of a kind that is not known here.
+    """
+    if isinstance(module, PPOModule) and hasattr(data, "rollout_batch_size"):
+        return _iteration(module, data, setting)
+    if isinstance(module, SFTModule | ScoringModule | ReferenceModule) and hasattr(data, "max_length"):
+        return [_step(module, data, setting)]
+    raise UserError(
+        f"plan does not know {type(module).__name__} with {type(data).__name__}; it knows the modules and data modules "
+        "of this package."
+    )
+
+
+def _iteration(module: PPOModule, data: Any, setting: Setting) -> list[Phase]:
+    response = module.sampling.max_new_tokens
+    length, rows = data.max_prompt_length + response, data.rollout_batch_size // setting.processes
+    minibatch = max(1, module.minibatch_size // setting.processes)
+    in_pass = _rows_of_a_pass(module.max_tokens_per_microbatch, minibatch, length)
+
+    def of(name: str, scalar: bool) -> Trace:
+        return trace(load_config(name), scalar=scalar, rows=in_pass, length=length, mixed=setting.mixed)
+
+    policy, reference = of(module.model_name, False), of(module.reference_name or module.model_name, False)
+    separate = module.critic if isinstance(module.critic, SeparateCritic) else None
+    critic = of(separate.init_from or module.model_name, True) if separate else None
+    rewards = [of(part.path, True) for part in module.reward.modules() if isinstance(part, RewardModel)]
+    trained = [policy, *([critic] if critic else [])]
+    always = _always(trained, [reference, *rewards], module, setting)
+    rollout, score = Phase("rollout", dict(always)), Phase("score", dict(always))
+    update = Phase("update", always | _gradients(trained, setting))
+    # With one process the critic's pass begins when the policy's is over.
+    together = setting.processes > 1 or isinstance(module.critic, TrunkCritic)
+    update.parts["activations"] = (sum if together else max)(each.kept for each in trained)
+    update.parts["vocabulary head"] = _head(policy, in_pass * response)
+    score.parts["vocabulary head"] = _head(policy, in_pass * response) / 2
+    rollout.parts |= _sampling(module, policy, rows, length, setting)
+    passes = rows / in_pass  # of an epoch
+    head = 2.0 * rows * response * policy.embedding
+    machine = setting.machine
+    rollout.seconds = _decoding(policy, load_config(module.model_name), rows, response, length, setting)
+    score.seconds = (passes * sum(t.flops for t in (*trained, reference, *rewards)) + 2 * head) / machine.flops
+    recomputed = 4 if in_pass * response * policy.embedding / policy.hidden > 2 * CHUNK else 3
+    flops = passes * 3 * sum(each.flops for each in trained) + recomputed * head
+    steps = module.ppo_epochs * rows // minibatch
+    update.seconds = module.ppo_epochs * flops / machine.flops + steps * _optimizer_step(trained, setting)
+    return [rollout, score, update]
+
+
+def _step(module: SFTModule | ScoringModule | ReferenceModule, data: Any, setting: Setting) -> Phase:
+    sides = 2 if hasattr(module, "uses_margins") and "Pair" in module.batch_type.__name__ else 1
+    rows = max(1, data.batch_size // setting.processes) * sides
+    in_pass = _rows_of_a_pass(module.max_tokens_per_microbatch, rows, data.max_length, sides)
+    scalar = isinstance(module, ScoringModule)
+
+    def of(name: str) -> Trace:
+        return trace(load_config(name), scalar=scalar, rows=in_pass, length=data.max_length, mixed=setting.mixed)
+
+    model = of(module.model_name)
+    if isinstance(module, SFTModule) and module.config_overrides:
+        config = load_config(module.model_name, module.config_overrides)
+        model = trace(config, scalar=False, rows=in_pass, length=data.max_length, mixed=setting.mixed)
+    frozen = []
+    if isinstance(module, ReferenceModule) and not module.reference_free and not _leaves(module):
+        frozen = [of(module.reference_name or module.model_name)]
+    phase = Phase("step", _always([model], frozen, module, setting) | _gradients([model], setting))
+    phase.parts["activations"] = model.kept
+    tokens = 0 if scalar else in_pass * data.max_length
+    phase.parts["vocabulary head"] = _head(model, tokens)
+    flops = rows / in_pass * (3 * model.flops + sum(each.flops for each in frozen)) + 8.0 * tokens * model.embedding
+    phase.seconds = flops / setting.machine.flops + _optimizer_step([model], setting)
+    return phase
+
+
+def _leaves(module: ReferenceModule) -> bool:
+    return getattr(module, "reference_cache", None) is not None
+
+
+def _rows_of_a_pass(budget: int, rows: int, length: int, sides: int = 1) -> int:
+    """Rows of full length that go together; those of a pair are not parted."""
+    return min(rows, max(1, budget // (length * sides)) * sides)
+
+
+def _always(trained: list[Trace], frozen: list[Trace], module: ModelModule, setting: Setting) -> dict[str, float]:
+    numbers = sum(each.parameters for each in trained)
+    return {
+        "process": float(setting.machine.process),
+        "trained weights": 4.0 * numbers,
+        "optimizer state": optimizer_bytes(module.optimizer_factory) * numbers,
+        "frozen weights": 4.0 * sum(each.parameters for each in frozen),
+    }
+
+
+def _gradients(trained: list[Trace], setting: Setting) -> dict[str, float]:
+    """Gradients, those that a word embedding's are added up from, and what several processes exchange them in."""
+    numbers = sum(each.parameters for each in trained)
+    largest = max(each.embedding for each in trained)
+    return {"gradients": 4.0 * (numbers * (2 if setting.processes > 1 else 1) + 2 * largest)}
+
+
+def _head(model: Trace, tokens: int) -> float:
+    logits = tokens * model.embedding // model.hidden
+    return 4.0 * _HEAD_TENSORS * (logits if logits <= 2 * CHUNK else CHUNK)
+
+
+def _sampling(module: PPOModule, policy: Trace, rows: int, length: int, setting: Setting) -> dict[str, float]:
+    config: Any = load_config(module.model_name)
+    size = 2.0 if setting.mixed else 4.0
+    copy = size * policy.parameters if setting.mixed else 0.0
+    sampler = module.sampler
+    if (
+        setting.machine.launch == 0
+        and not setting.mixed
+        and isinstance(sampler, CachedSampler)
+        and sampler.pack_weights
+    ):
+        copy = 4.0 * policy.linear + 4.0 * policy.embedding
+    at_once = min(rows, getattr(sampler, "decode_batch_size", None) or rows)
+    cache = size * at_once * length * policy.layers * 2 * _key_value_size(config)
+    logits = 4.0 * 3 * at_once * policy.embedding / policy.hidden
+    return {"copy for sampling": copy, "keys and values": cache, "vocabulary head": logits}
+
+
+def _key_value_size(config: PretrainedConfig) -> int:
+    """Numbers of the keys of one token in one layer."""
+    heads = getattr(config, "num_attention_heads", None) or 1
+    head = getattr(config, "head_dim", None) or int(getattr(config, "hidden_size", 0)) // heads
+    return int(head * (getattr(config, "num_key_value_heads", None) or heads))
+
+
+def _decoding(
+    policy: Trace, config: PretrainedConfig, rows: int, response: int, length: int, setting: Setting
+) -> float:
+    """Seconds until all responses have their full length: a step reads every weight and all keys and values."""
+    machine, size = setting.machine, 2.0 if setting.mixed else 4.0
+    cache = size * rows * length / 2 * policy.layers * 2 * _key_value_size(config)
+    reading = (size * policy.parameters + cache) / machine.bandwidth
+    products = 2.0 * rows * policy.parameters / machine.flops
+    launches = policy.layers * _SMALL_OPERATIONS * machine.launch
+    prompts = 2.0 * rows * (length - response) * policy.parameters / machine.flops
+    return prompts + response * (max(reading, products) + launches)
+
+
+def _optimizer_step(trained: list[Trace], setting: Setting) -> float:
+    """Seconds: AdamW reads weight, gradient and two moments, and writes three of them."""
+    return 4.0 * 7 * sum(each.parameters for each in trained) / setting.machine.bandwidth

@@ -1,0 +1,112 @@
+"""What a forward pass costs, found by running it on tensors without data."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_lightning.models.packed import Layout, attending_apart
+from rlhf_lightning.rollout.linear import SMALLEST
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One model and one forward pass of its backbone.
+
+    Attributes:
+        parameters: Numbers in its weights, shared ones once.
+        linear: Of them, those of large linear layers, which sampling packs on a processor.
+        embedding: Numbers of its word embedding.
+        hidden: Size of a hidden state.
+        layers: Blocks of the backbone.
+        kept: Bytes that the pass keeps for its backward pass.
+        flops: Floating-point operations of the matrix products.
+    """
+
+    parameters: int
+    linear: int
+    embedding: int
+    hidden: int
+    layers: int
+    kept: int
+    flops: float
+
+
+def trace(config: "PretrainedConfig", *, scalar: bool, rows: int, length: int, mixed: bool) -> Trace:
+    """Run a model's backbone on fake tensors: nothing is loaded, allocated or computed.
+
+    Args:
+        config: The model's.
+        scalar: True for a reward model or a critic, whose head has one output.
+        rows: Sequences of the pass.
+        length: Tokens of each.
+        mixed: True for bf16-mixed, False for float32.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    factory = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []  # what lies in a storage that is freed could share its number with a later one
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    with FakeTensorMode(), torch.device("cpu"), FlopCounterMode(display=False) as counter:
+        model: Any = factory.from_config(config, dtype=torch.float32)
+        ids = torch.zeros(rows, length, dtype=torch.int64)
+        precision = torch.autocast("cpu", torch.bfloat16) if mixed else contextlib.nullcontext()
+        with torch.autograd.graph.saved_tensors_hooks(keep, _same), precision:
+            _run(model, ids)
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage()._cdata, None)
+    embedding = model.get_input_embeddings().weight
+    return Trace(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        linear=sum(m.weight.numel() for m in model.modules() if type(m) is nn.Linear and m.weight.numel() >= SMALLEST),
+        embedding=embedding.numel(),
+        hidden=embedding.shape[1],
+        layers=int(getattr(config, "num_hidden_layers", 0)),
+        kept=sum(kept.values()),
+        flops=float(counter.get_total_flops()),
+    )
+
+
+def optimizer_bytes(factory: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> float:
+    """Return the bytes of state that an optimizer keeps for each number of a float32 weight, found by one step.
+
+    Example:
+        >>> optimizer_bytes(lambda weights: torch.optim.AdamW(weights, lr=0.1))
+        8.0
+    """
+    weight = nn.Parameter(torch.zeros(64, 64))
+    optimizer = factory([weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    tensors = [value for value in optimizer.state[weight].values() if isinstance(value, Tensor) and value.dim()]
+    return sum(tensor.nbytes for tensor in tensors) / weight.numel()
+
+
+def _run(model: Any, ids: Tensor) -> None:
+    """Run the backbone, packed where its attention is ``sdpa``: fake tensors would have transformers make a mask."""
+    if model.config._attn_implementation != "sdpa":
+        model.base_model(input_ids=ids, use_cache=False)
+        return
+    rows, length = ids.shape
+    positions = torch.arange(length).repeat(rows)[None]
+    with attending_apart(model.config, Layout([length] * rows)):
+        model.base_model(input_ids=ids.view(1, -1), position_ids=positions, use_cache=False)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
