@@ -24,13 +24,16 @@ from rlhf_lightning.run_folder import (
     StartedRun,
     as_list,
     claim_run_dir,
+    run_callbacks,
+    run_loggers,
+    set_aside_logs,
+)
+from rlhf_lightning.taking_up import (
+    refuse_cut_epoch,
     refuse_fewer_steps,
     refuse_second_run,
     resolve_checkpoint,
-    run_callbacks,
-    run_loggers,
     run_of_checkpoint,
-    set_aside_logs,
 )
 
 logger = logging.getLogger("rlhf_lightning")
@@ -127,6 +130,7 @@ class TrainerCLI(LightningCLI):
         if self.subcommand == "fit" and not self.settings.trainer.fast_dev_run:
             refuse_second_run(self.settings.run_dir, checkpoint)
             refuse_fewer_steps(checkpoint, self.settings.trainer.max_steps)
+            refuse_cut_epoch(checkpoint, self.settings.trainer.max_steps)
 
     def instantiate_classes(self) -> None:
         """Build module, data and Trainer; what a constructor refuses is the user's to put right."""

@@ -38,6 +38,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.asked = self.agreed = False
+        self._postponed = False
         self._listener = 0  # process that listens
 
     def listen(self) -> None:
@@ -64,6 +65,7 @@ class Interruption:
         """
         from rlhf_lightning.distributed import any_process  # imports torch, which the command line wants to do late
 
+        self.go_on(trainer)
         (agreed,) = any_process(self.asked)
         if agreed:
             self.stop(trainer)
@@ -73,6 +75,16 @@ class Interruption:
         """Have Lightning stop as at SIGTERM: it logs the step, validates where due, and raises ``SIGTERMException``."""
         self.agreed = True
         trainer._signal_connector.received_sigterm = True  # There is no public way to ask for it.
+
+    def postpone(self, trainer: "Trainer") -> None:
+        """Hold back a SIGTERM that Lightning has noted, until :meth:`go_on`."""
+        if trainer._signal_connector.received_sigterm:
+            self._postponed, trainer._signal_connector.received_sigterm = True, False
+
+    def go_on(self, trainer: "Trainer") -> None:
+        """Let Lightning see what was held back."""
+        if self._postponed:
+            self._postponed, trainer._signal_connector.received_sigterm = False, True
 
     def wait(self, trainer: "Trainer") -> None:
         """Take back what :meth:`stops` asked for, until it is called again."""

@@ -4,13 +4,11 @@ import contextlib
 import itertools
 import logging
 import os
-import pickle
 import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary
 from lightning.pytorch.cli import SaveConfigCallback
@@ -21,7 +19,7 @@ from rlhf_lightning.distributed import any_process
 from rlhf_lightning.earlier import set_aside
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.interruption import INTERRUPTED, Interruption
-from rlhf_lightning.models.export import check_is_checkpoint
+from rlhf_lightning.taking_up import LAST_CHECKPOINT, step_of
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rlhf_lightning")
 
 CONFIG = "config.yaml"
-_SHARDED = (".metadata", "latest")  # what marks a folder as a checkpoint in parts: torch.distributed's, DeepSpeed's
-LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
 #: What a start writes by itself, before any work is done.
 _START_FILES = ("events.out.tfevents.*", "config*.yaml", "hparams.yaml", "metrics.jsonl", "samples.jsonl")
 _SHARED_CHOICE = "RLHF_LIGHTNING_RUN_DIR"
@@ -108,91 +104,6 @@ class StartedRun:
 def started_as_one_of_many() -> bool:
     """Return whether torchrun, srun or Lightning started this process as one of several that work together."""
     return any(int(os.environ.get(name) or 1) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS"))
-
-
-def resolve_checkpoint(ckpt_path: str | None, run_dir: str | Path | None) -> str | None:
-    """Return the checkpoint to start from, as a path that exists; ``None`` starts from the beginning.
-
-    Args:
-        ckpt_path: A file, ``"auto"`` (the run folder's last checkpoint where there is one, else the beginning), or
-            ``"last"`` (the run folder's last checkpoint, which must exist). ``None`` is the beginning.
-        run_dir: The run folder as far as it is known.
-
-    Raises:
-        UserError: If the checkpoint does not exist or is none, or ``"auto"`` and ``"last"`` come without a run folder.
-    """
-    if ckpt_path is None or ckpt_path in ("best", "hpc", "registry") or ckpt_path.startswith("registry:"):
-        return ckpt_path
-    if ckpt_path in ("auto", "last"):
-        if run_dir is None:
-            raise UserError(f"--ckpt_path {ckpt_path} looks into the run folder: name it with --run_dir DIR.")
-        last = Path(run_dir) / LAST_CHECKPOINT
-        if not last.exists() and ckpt_path == "last":
-            raise UserError(
-                f"{last} does not exist, so there is nothing to take up; --ckpt_path auto would start anew."
-            )
-        if not last.exists():
-            logger.warning("no checkpoint in %s: this run starts from the beginning", run_dir)
-        return str(last) if last.exists() else None
-    path = Path(ckpt_path)
-    if any((path / name).exists() for name in _SHARDED):
-        return str(path)
-    check_is_checkpoint(path)
-    _refuse_foreign(path)
-    return str(path)
-
-
-def _refuse_foreign(path: Path) -> None:
-    """Refuse a file of torch that no Trainer has written; one that holds objects is left to ``--weights_only``."""
-    with contextlib.suppress(pickle.UnpicklingError):
-        if "pytorch-lightning_version" not in torch.load(path, map_location="meta", weights_only=True, mmap=True):
-            raise UserError(f"'{path}' was not written by a Trainer; give a .ckpt file of a run's checkpoints/ folder.")
-
-
-def refuse_second_run(run_dir: str | Path | None, ckpt_path: str | None) -> None:
-    """Keep a fresh ``fit`` from writing over the checkpoints of an earlier one.
-
-    Raises:
-        UserError: If the folder holds a last checkpoint and this run does not start from any checkpoint.
-    """
-    if run_dir is not None and ckpt_path is None and (Path(run_dir) / LAST_CHECKPOINT).exists():
-        raise UserError(
-            f"{run_dir} already holds a run. Take it up with --ckpt_path auto, or name another folder by --run_dir DIR."
-        )
-
-
-def refuse_fewer_steps(checkpoint: str | None, max_steps: int) -> None:
-    """Refuse to take up a run that has already gone further than it is now told to go.
-
-    Raises:
-        UserError: If the checkpoint was written after more steps than ``max_steps``, which is -1 where there is no such
-            limit.
-    """
-    done = None if checkpoint is None or max_steps < 0 else _step_of(Path(checkpoint))
-    if done is not None and done > max_steps:
-        raise UserError(
-            f"'{checkpoint}' was written after {done} steps, more than trainer.max_steps {max_steps}; set more "
-            "to go on from it."
-        )
-
-
-def _step_of(checkpoint: Path) -> int | None:
-    """Return the step a checkpoint was written after; ``None`` for one that is in parts or holds objects."""
-    with contextlib.suppress(pickle.UnpicklingError):
-        if checkpoint.is_file():
-            return int(torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True).get("global_step", 0))
-    return None
-
-
-def run_of_checkpoint(checkpoint: str | None) -> Path | None:
-    """Return the run folder that a checkpoint lies in; ``None`` for one that lies elsewhere.
-
-    Example:
-        >>> run_of_checkpoint("runs/ppo-1/checkpoints/last.ckpt"), run_of_checkpoint("last.ckpt")
-        (PosixPath('runs/ppo-1'), None)
-    """
-    folder = Path(checkpoint).parent if checkpoint else Path()
-    return folder.parent if folder.name == LAST_CHECKPOINT.parent.name else None
 
 
 def set_aside_logs(run_dir: Path) -> None:
@@ -284,8 +195,12 @@ class RunCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save where the count or the clock says so, or stop where that is asked for."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
+            self._interruption.postpone(trainer)  # gradients of half a step are in no checkpoint
+            return
         # Clocks differ between processes; the first one's decides.
         late = trainer.is_global_zero and 0 < 60 * self.every_n_minutes < time.monotonic() - self._saved_time
+        self._interruption.go_on(trainer)
         stop, late = any_process(self._interruption.asked, late)
         if stop:
             self._interruption.stop(trainer)
@@ -331,7 +246,7 @@ class RunCheckpoint(Checkpoint):
         if not path.exists():
             logger.warning("no checkpoint was written; --ckpt_path auto would start from the beginning")
             return
-        step = _step_of(path)
+        step = step_of(path)
         name = "checkpoint" if step is None else f"checkpoint of step {step}"
         logger.warning("%s: %s; --ckpt_path auto takes it up", name, path)
 

@@ -13,14 +13,16 @@ from torch.utils.data import DataLoader
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.run_folder import (
-    LAST_CHECKPOINT,
     RunCheckpoint,
     claim_run_dir,
-    refuse_second_run,
-    resolve_checkpoint,
     run_callbacks,
     run_loggers,
     set_aside_logs,
+)
+from rlhf_lightning.taking_up import (
+    LAST_CHECKPOINT,
+    refuse_second_run,
+    resolve_checkpoint,
 )
 
 

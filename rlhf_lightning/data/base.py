@@ -124,6 +124,8 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
         self.train_examples: list[Example] = []
         self.val_examples: list[Example] = []
         self._encoder: ConversationEncoder | None = None
+        self._stream: BatchStream[Example, Batch] | None = None
+        self._taken_up: dict[str, int] | None = None  # a checkpoint's stream, until there is one to go on with it
 
     @property
     def encoder(self) -> ConversationEncoder:
@@ -180,9 +182,9 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
             self._read(with_train=not evaluates)
 
     def train_dataloader(self) -> BatchStream[Example, Batch]:
-        """Return a new resumable stream over the training rows, from its beginning."""
+        """Return a new resumable stream over the training rows, from where a checkpoint that was loaded left it."""
         rank, world_size = self._place()
-        return BatchStream(
+        self._stream = BatchStream(
             self.train_examples,
             self.batch_size,
             self.collate_for_training,
@@ -191,6 +193,22 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
             world_size=world_size,
             shuffle=self.shuffle,
         )
+        if self._taken_up is not None:
+            self._stream.load_state_dict(self._taken_up)
+            self._taken_up = None
+        return self._stream
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the training rows stand.
+
+        Lightning keeps the state of the stream too, but takes it up only within an epoch: after the last step of one it
+        would begin the first pass again.
+        """
+        return {} if self._stream is None else {"stream": self._stream.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there with the next stream."""
+        self._taken_up = state_dict.get("stream")
 
     def val_dataloader(self) -> EvalBatches[Example, Batch] | list[Batch]:
         """Return the validation rows, each once; nothing where there are none."""

@@ -21,7 +21,7 @@ class LogprobCache:
         precision: That of the passes, as it moves the numbers.
 
     Raises:
-        UserError: If the folder cannot be made.
+        UserError: If the folder cannot be made, or a file in it is damaged.
     """
 
     def __init__(self, folder: str | Path, *, model: str, precision: str) -> None:
@@ -41,10 +41,14 @@ class LogprobCache:
 
     def load(self) -> None:
         """Read what is on disk, other processes' parts too."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         for path in sorted(self.folder.glob("*.safetensors")):
-            part = load_file(path)
+            try:
+                part = load_file(path)
+            except SafetensorError as fault:
+                raise UserError(f"reference_cache: '{path}' is damaged ({fault}); delete it.") from fault
             keys = [key.numpy().tobytes() for key in part["keys"]]
             self._found.update(zip(keys, part["logprobs"].split(part["lengths"].tolist()), strict=True))
 
@@ -71,7 +75,7 @@ class LogprobCache:
 
     def save(self) -> None:
         """Write what was taken in since; whole files only, so that a kill leaves none half written."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         if not self._new:
             return
@@ -83,7 +87,7 @@ class LogprobCache:
             "lengths": torch.tensor([len(row) for row in rows]),
             "logprobs": torch.cat(rows),
         }
-        save_file(tensors, unfinished)
+        unfinished.write_bytes(save(tensors))
         unfinished.replace(path)
         self._new.clear()
 

@@ -1,6 +1,7 @@
 """Direct preference optimisation: the policy learns from preference pairs, without a reward model."""
 
 import logging
+import time
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,6 +26,7 @@ from rlhf_lightning.modules.reference import ReferenceModule, rows_of_a_process
 log = logging.getLogger("rlhf_lightning")
 
 _ROWS_AT_A_TIME = 256  # pairs that are padded to one width, for the cache of the reference
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 class PairOutcome(NamedTuple):
@@ -64,7 +66,8 @@ class DPOModule(ReferenceModule):
             training and validation rows, are computed before the first step; then the reference leaves memory, and a
             step is about a third cheaper. ``null`` computes them in every step.
         max_tokens_per_microbatch: Tokens, prompts included, in one forward pass of a process, at most; a longer
-            pair goes alone. More is faster and needs more memory; no result changes.
+            pair goes alone. More is faster and needs more memory; results change
+            by rounding alone, which bf16-mixed shows.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer, stepped once a training step; ``null`` keeps the learning rate.
 
@@ -104,8 +107,14 @@ class DPOModule(ReferenceModule):
     def on_fit_start(self) -> None:
         """Compute what the reference says, where that is to be kept, and let the reference go."""
         data = getattr(self.trainer, "datamodule", None)
-        if self.reference_cache is None or not isinstance(data, PreferenceDataModule):
+        if self.reference_cache is None:
             return
+        if not isinstance(data, PreferenceDataModule):
+            raise UserError(
+                "reference_cache is set, but the rows come from a dataloader, so that they are not known beforehand; "
+                "give a PreferenceDataModule as datamodule, or leave reference_cache out."
+            )
+        self._load_reference_again()
         self._cache = self._filled_cache(self.reference_cache, data)
         del self.reference
 
@@ -201,26 +210,39 @@ class DPOModule(ReferenceModule):
     def _reference_says(self, batch: SequenceBatch) -> Tensor:
         if self._cache is not None and not self._cache.missing(batch):
             return self._cache.get(batch)
-        if not hasattr(self, "reference"):  # gone, but there are rows that it has not seen
-            self.reference = load_reference(self.reference_name or self.model_name, self.policy).to(self.device)
+        self._load_reference_again()
         return response_logprobs(self.reference, batch)
+
+    def _load_reference_again(self) -> None:
+        """Bring back a reference that has gone, for rows that it has not seen."""
+        if not hasattr(self, "reference"):
+            self.reference = load_reference(self.reference_name or self.model_name, self.policy).to(self.device)
 
     @torch.no_grad()
     def _filled_cache(self, folder: str, data: PreferenceDataModule) -> LogprobCache:
         cache = LogprobCache(folder, model=fingerprint(self.reference), precision=str(self.trainer.precision))
         examples = [*data.train_examples, *data.val_examples]
         own = examples[self.global_rank :: self.trainer.world_size]
-        known = len(cache)
-        with self.trainer.precision_plugin.forward_context():
+        known, told = len(cache), time.monotonic()
+        try:
             for start in range(0, len(own), _ROWS_AT_A_TIME):
-                pairs = data.collate(own[start : start + _ROWS_AT_A_TIME])
-                batch = SequenceBatch.stack([pairs.chosen, pairs.rejected])
-                rows = torch.tensor(cache.missing(batch), dtype=torch.int64)
-                for group in token_groups(batch.lengths[rows], self.max_tokens_per_microbatch) if len(rows) else ():
-                    part = SequenceBatch(*(tensor.to(self.device) for tensor in batch.select(rows[group])))
-                    cache.put(part, response_logprobs(self.reference, part))
-        cache.save()
+                self._ask_reference(cache, data.collate(own[start : start + _ROWS_AT_A_TIME]))
+                if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
+                    told = time.monotonic()
+                    log.info("reference_cache: %d of %d pairs", start + _ROWS_AT_A_TIME, len(own))
+        finally:
+            cache.save()  # an interrupted run has not worked for nothing
         self.trainer.strategy.barrier("reference_cache")
         cache.load()
         log.info("reference_cache: %d sequences in %s, %d of them known before", len(cache), cache.folder, known)
         return cache
+
+    def _ask_reference(self, cache: LogprobCache, pairs: PairBatch) -> None:
+        batch = SequenceBatch.stack([pairs.chosen, pairs.rejected])
+        rows = torch.tensor(cache.missing(batch), dtype=torch.int64)
+        if not len(rows):
+            return
+        with self.trainer.precision_plugin.forward_context():
+            for group in token_groups(batch.lengths[rows], self.max_tokens_per_microbatch):
+                part = SequenceBatch(*(tensor.to(self.device) for tensor in batch.select(rows[group])))
+                cache.put(part, response_logprobs(self.reference, part))

@@ -1,0 +1,131 @@
+"""A run that was stopped and taken up again is the run that was not, wherever in an epoch it was stopped."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from rlhf_lightning.__main__ import main
+from rlhf_lightning.taking_up import refuse_cut_epoch
+
+TINY = "{hidden_size: 16, intermediate_size: 32, num_attention_heads: 2, num_key_value_heads: 2}"
+COMMON = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--model.optimizer.lr=0.01"]
+#: Five batches an epoch.
+SFT = ["--model=SFTModule", "--model.model=builtin:demo", "--model.pretrained=false", *COMMON]
+SFT += [f"--model.config_overrides={TINY}", "--data=DemonstrationDataModule", "--data.source=builtin:demo/train"]
+SFT += ["--data.limit=24", "--data.val_size=4", "--data.batch_size=4"]
+
+
+class CtrlCAt(Callback):
+    """Presses Ctrl-C once, in a batch or in the validation."""
+
+    def __init__(self, batch: int, validation: bool = False) -> None:
+        self.batch, self.validation, self.seen = batch, validation, 0
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        self.seen += 1
+        if self.seen == self.batch and not self.validation:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if self.validation and self.seen == self.batch:
+            self.batch = -1
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def fit(folder: str, *more: str, base: list[str] = SFT) -> int:
+    return main(["fit", *base, f"--run_dir={folder}", *more])
+
+
+def rows(folder: str, key: str = "train/loss") -> list[float]:
+    logged = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    return [row[key] for row in logged if key in row]
+
+
+def weights(folder: str) -> dict[str, torch.Tensor]:
+    state = torch.load(Path(folder, "checkpoints/last.ckpt"), weights_only=True)["state_dict"]
+    return {name: tensor for name, tensor in state.items() if name.startswith("policy.")}
+
+
+def check_equal(folder: str, whole: str, *keys: str) -> None:
+    for key in keys:
+        assert rows(folder, key) == rows(whole, key)
+    assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(folder).items())
+
+
+def at(batch: int, validation: bool = False) -> list[str]:
+    own = "--trainer.callbacks=test_taking_up.CtrlCAt"
+    return [own, f"--trainer.callbacks.batch={batch}", f"--trainer.callbacks.validation={str(validation).lower()}"]
+
+
+@pytest.fixture(autouse=True)
+def _can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+# Five batches an epoch: within one, its last, the first of the next, and the validation after the last.
+@pytest.mark.parametrize(("batch", "validation"), [(3, False), (5, False), (6, False), (5, True)])
+def test_epochs_go_on_with_the_data_they_stopped_at(batch: int, validation: bool) -> None:
+    assert fit("whole", "--trainer.max_epochs=3") == 0
+    assert fit("cut", "--trainer.max_epochs=3", *at(batch, validation)) == 130
+    assert len(rows("cut")) == batch
+    assert fit("cut", "--trainer.max_epochs=3", "--ckpt_path=auto") == 0
+    assert len(rows("whole")) == 15
+    check_equal("cut", "whole", "train/loss", "val/loss")
+
+
+def test_a_finished_run_takes_another_epoch_of_other_data() -> None:
+    assert fit("whole", "--trainer.max_epochs=2") == 0
+    assert fit("cut", "--trainer.max_epochs=1") == 0
+    assert fit("cut", "--trainer.max_epochs=2", "--ckpt_path=auto") == 0
+    check_equal("cut", "whole", "train/loss")
+
+
+def test_ctrl_c_waits_for_the_end_of_an_accumulated_step() -> None:
+    accumulated = ["--trainer.max_epochs=2", "--trainer.accumulate_grad_batches=2"]
+    assert fit("whole", *accumulated) == 0
+    assert fit("cut", *accumulated, *at(3)) == 130
+    saved = torch.load("cut/checkpoints/last.ckpt", weights_only=True)
+    assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["completed"] == 4  # not 3
+    assert fit("cut", *accumulated, "--ckpt_path=auto") == 0
+    assert all(torch.equal(tensor, weights("whole")[name]) for name, tensor in weights("cut").items())
+
+
+def test_going_on_by_epochs_where_steps_have_cut_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit("run", "--trainer.max_steps=7") == 0
+    assert fit("run", "--trainer.max_epochs=2", "--ckpt_path=auto") == 2
+    assert "go on by a larger trainer.max_steps, not by trainer.max_epochs" in capsys.readouterr().err
+    assert fit("run", "--trainer.max_steps=10", "--ckpt_path=auto") == 0
+    assert fit("whole", "--trainer.max_steps=10") == 0
+    check_equal("run", "whole", "train/loss")
+    refuse_cut_epoch("run/checkpoints/last.ckpt", -1)  # which ends where an epoch does
+
+
+def test_a_second_fit_of_the_same_objects_begins_anew(tmp_path: Path) -> None:
+    from rlhf_lightning.data.text import DemonstrationDataModule
+
+    data = DemonstrationDataModule("builtin:demo/train", limit=20, batch_size=4, tokenizer="builtin:demo")
+    data.setup("fit")
+    first = data.train_dataloader()
+    batches = [batch.input_ids for batch in first]
+    state = data.state_dict()
+    assert state == {"stream": {"consumed": 20, "examples": 20, "seed": first.seed}}
+    again = [batch.input_ids for batch in data.train_dataloader()]
+    assert all(torch.equal(one, two) for one, two in zip(batches, again, strict=True))
+    data.load_state_dict(state)
+    later = [batch.input_ids for batch in data.train_dataloader()]
+    assert not all(one.shape == two.shape and torch.equal(one, two) for one, two in zip(batches, later, strict=True))
