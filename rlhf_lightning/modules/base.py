@@ -1,6 +1,7 @@
 """What the modules share: a tokenizer, plain Hugging Face folders out, checkpoints that need no other file."""
 
 import hashlib
+import logging
 import re
 import warnings
 from pathlib import Path
@@ -17,10 +18,12 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.models.export import CHECKPOINT_KEY, pack_model, write_model_folder
 from rlhf_lightning.models.loading import load_config, load_tokenizer
-from rlhf_lightning.modules.data_checks import check_data
+from rlhf_lightning.modules.data_checks import check_batch, check_data
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger("rlhf_lightning")
 
 
 class ModelModule(LightningModule):
@@ -85,6 +88,19 @@ class ModelModule(LightningModule):
         if type(self).frozen_modules is not ModelModule.frozen_modules:
             # Lightning asks whether modules in eval mode are meant to be so: these are.
             warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode")
+
+    def on_fit_start(self) -> None:
+        """Say where steps will be lost in the weights' rounding."""
+        if str(self.trainer.precision) in ("bf16-true", "16-true"):
+            log.warning(
+                "trainer.precision is %s: weights of so few digits round small steps to nothing (AdamW's at 1e-6 move "
+                "0.4 %% of them); bf16-mixed keeps them in float32.",
+                self.trainer.precision,
+            )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Refuse a batch of another kind before it ends in an error further down."""
+        check_batch(self, batch)
 
     def frozen_modules(self) -> dict[str, nn.Module]:
         """Return the sub-modules that are never trained, by attribute name; they stay out of checkpoints."""

@@ -23,10 +23,8 @@ def check_data(module: "ModelModule", data: object) -> None:
     if not isinstance(data, RowsDataModule):
         return
     if data.batch_type is not module.batch_type:
-        fitting = [kind.__name__ for kind in _kinds() if getattr(kind, "batch_type", None) is module.batch_type]
         raise UserError(
-            f"{type(module).__name__} cannot read the batches of {type(data).__name__}; set data to "
-            f"{' or '.join(fitting)}."
+            f"{type(module).__name__} cannot read the batches of {type(data).__name__}; set data to {_fitting(module)}."
         )
     margin_column = getattr(data, "margin_column", None)
     if margin_column is not None and not module.uses_margins:
@@ -47,6 +45,26 @@ def check_data(module: "ModelModule", data: object) -> None:
             f"the data has token {data.encoder.tokenizer.convert_ids_to_tokens(largest_id)!r} (id {largest_id}), but "
             f"model {module.model_name!r} knows only {known}; its tokenizer belongs to another model."
         )
+
+
+def check_batch(module: "ModelModule", batch: object) -> None:
+    """Refuse what a dataloader of the user's gives where it is no batch of ours.
+
+    Raises:
+        UserError: Saying which batches the module reads, and how a dataloader comes by them.
+    """
+    wanted = getattr(module, "batch_type", object)  # a module of the user's own may say nothing
+    if not isinstance(batch, wanted):
+        raise UserError(
+            f"{type(module).__name__} reads batches of the class {wanted.__name__}, but the dataloader gives a "
+            f"{type(batch).__name__}; give data={_fitting(module)}(...) as datamodule, or after data.setup('fit') a "
+            "DataLoader(data.train_examples, batch_size=..., collate_fn=data.collate)."
+        )
+
+
+def _fitting(module: "ModelModule") -> str:
+    """Return the names of the data modules whose batches the module reads."""
+    return " or ".join(kind.__name__ for kind in _kinds() if getattr(kind, "batch_type", None) is module.batch_type)
 
 
 def _kinds(of: type[RowsDataModule[Any, Any, Any]] = RowsDataModule) -> list[type[RowsDataModule[Any, Any, Any]]]:

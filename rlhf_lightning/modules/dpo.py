@@ -106,6 +106,7 @@ class DPOModule(ReferenceModule):
 
     def on_fit_start(self) -> None:
         """Compute what the reference says, where that is to be kept, and let the reference go."""
+        super().on_fit_start()
         data = getattr(self.trainer, "datamodule", None)
         if self.reference_cache is None:
             return

@@ -97,6 +97,7 @@ class KTOModule(ReferenceModule):
         Raises:
             UserError: If batches have one row, or all rows are good, or all bad.
         """
+        super().on_fit_start()
         data: Any = getattr(self.trainer, "datamodule", None)
         if getattr(data, "batch_size", 2) < 2:  # of all processes together
             raise UserError("data.batch_size is 1; KTOModule compares the rows of a batch, so it must be at least 2.")

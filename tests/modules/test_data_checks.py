@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import LightningDataModule, Trainer
+from torch.utils.data import DataLoader
 
 from rlhf_lightning.data.preferences import PreferenceDataModule
 from rlhf_lightning.data.prompts import PromptDataModule
@@ -47,6 +48,31 @@ def test_batches_of_another_kind(refused: Callable[..., str], ppo: Callable[...,
     assert refused(ppo(), DemonstrationDataModule) == line.format(
         "PPOModule", "DemonstrationDataModule", "PromptDataModule"
     )
+
+
+@pytest.mark.parametrize("kind", [SFTModule, RewardModule, DPOModule])
+def test_batches_of_a_dataloader_of_another_kind(kind: Any, demo: str, trainer: Callable[..., Trainer]) -> None:
+    rows: Any = DataLoader([{"prompt": "tea", "chosen": "good", "rejected": "no"}], batch_size=1)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"reads batches of the class \w+Batch, but the dataloader gives a dict; give"):
+        trainer(max_steps=1).fit(kind(demo), rows)
+
+
+def test_a_dataloader_as_the_message_says(demo: str, trainer: Callable[..., Trainer]) -> None:
+    data = PreferenceDataModule("builtin:demo/train", limit=6, tokenizer="builtin:demo")
+    data.setup("fit")
+    run = trainer(max_steps=2)
+    run.fit(DPOModule(demo), DataLoader(data.train_examples, batch_size=3, collate_fn=data.collate))  # type: ignore[arg-type]
+    assert run.global_step == 2
+
+
+def test_weights_of_few_digits_are_warned_of(
+    demo: str, trainer: Callable[..., Trainer], caplog: pytest.LogCaptureFixture
+) -> None:
+    data = PreferenceDataModule("builtin:demo/train", limit=6, batch_size=2)
+    for precision, said in (("bf16-true", True), ("bf16-mixed", False)):
+        caplog.clear()
+        trainer(max_steps=1, precision=precision).fit(RewardModule(demo), datamodule=data)
+        assert ("round small steps to nothing" in caplog.text) == said
 
 
 def test_margins_that_nobody_reads(refused: Callable[..., str], demo: str) -> None:

@@ -171,3 +171,64 @@ def test_a_place_that_cannot_be_is_refused(language_model: str, tmp_path: Path) 
         LogprobCache(tmp_path / "file", model="a", precision="32-true")
     with pytest.raises(UserError, match="reference_cache is set, but reference_free is true"):
         DPOModule(language_model, reference_free=True, reference_cache=str(tmp_path))
+
+
+def test_a_second_fit_of_the_same_module_asks_the_reference_again(
+    language_model: str, pairs: Callable[..., PreferenceDataModule], trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    module = DPOModule(language_model, reference_cache=str(tmp_path / "cache"))
+    trainer(max_steps=1).fit(module, datamodule=pairs())
+    trainer(max_steps=1).fit(module, datamodule=pairs(5, first=20))
+    assert module._cache is not None
+    assert not hasattr(module, "reference")
+
+
+def test_rows_that_are_not_known_beforehand_are_refused(
+    language_model: str, pairs: Callable[..., PreferenceDataModule], trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    data = pairs()
+    module = DPOModule(language_model, reference_cache=str(tmp_path / "cache"))
+    data.tokenizer_name = language_model
+    data.setup("fit")
+    with pytest.raises(UserError, match="reference_cache is set, but the rows come from a dataloader"):
+        trainer(max_steps=1).fit(module, data.train_dataloader())
+
+
+def test_what_an_interrupted_filling_has_is_kept(
+    language_model: str,
+    pairs: Callable[..., PreferenceDataModule],
+    trainer: MakeTrainer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rlhf_lightning.modules.dpo._ROWS_AT_A_TIME", 3)
+    put, calls = LogprobCache.put, []
+
+    def interrupted(self: LogprobCache, *arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        put(self, *arguments)
+
+    monkeypatch.setattr(LogprobCache, "put", interrupted)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer(max_steps=1).fit(DPOModule(language_model, reference_cache=str(tmp_path / "cache")), datamodule=pairs())
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert len(LogprobCache(tmp_path / "cache", model=_fingerprint(language_model), precision="32-true")) == 6
+    assert [file.suffix for file in folder.iterdir()] == [".safetensors"]
+
+
+def _fingerprint(folder: str) -> str:
+    module = DPOModule(folder)
+    module.configure_model()
+    return fingerprint(module.policy)
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    cache = LogprobCache(tmp_path, model="a", precision="32-true")
+    cache.put(BATCH, torch.zeros(3, 3))
+    cache.save()
+    (file,) = cache.folder.iterdir()
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(UserError, match=rf"reference_cache: '.*{file.name}' is damaged .*; delete it"):
+        LogprobCache(tmp_path, model="a", precision="32-true")
