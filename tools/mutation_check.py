@@ -22,7 +22,15 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("rlhf_lightning", "tests", "configs", "tools", "docs", "pyproject.toml", "README.md", "CHANGELOG.md")
-WIDER = ("tests/functional", "tests/models", "tests/algorithm", "tests/rollout", "tests/modules", "tests/references")
+WIDER = (
+    "tests/functional",
+    "tests/models",
+    "tests/algorithm",
+    "tests/rollout",
+    "tests/modules",
+    "tests/references",
+    "tests/end_to_end/test_taking_up.py",
+)
 
 
 @dataclass(frozen=True)
