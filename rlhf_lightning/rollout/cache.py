@@ -55,14 +55,16 @@ def preallocated_cache(config: "PretrainedConfig", capacity: int) -> "DynamicCac
 
 def holds_keys_and_values_alone(config: "PretrainedConfig") -> bool:
     """Tell whether :func:`rearrange` knows all layers of this model's cache: attention, full or within a window."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+    from transformers import DynamicCache, cache_utils
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+    known = {DynamicLayer, DynamicSlidingWindowLayer}
+    known.add(getattr(cache_utils, "DummyLayer", DynamicLayer))  # of layers that hold nothing; not in transformers 5.17
     try:
         layers = DynamicCache(config=config).layers
     except (AttributeError, KeyError, TypeError, ValueError):  # a config without layers of attention
         return False
-    return all(type(layer) in {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer} for layer in layers)
+    return all(type(layer) in known for layer in layers)
 
 
 def rearrange(cache: "DynamicCache", parts: Sequence[tuple["DynamicCache", Tensor]], width: int) -> None:

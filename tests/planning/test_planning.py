@@ -71,7 +71,7 @@ def test_a_trace_is_what_a_real_pass_keeps(name: str, make_model: Callable[..., 
 
 
 def test_what_cannot_be_packed_is_traced_too(make_model: Callable[..., PreTrainedModel]) -> None:
-    config = make_model("gemma2").config
+    config = make_model("gemma2", attn_implementation="eager").config
     assert config._attn_implementation == "eager"
     assert trace(config, scalar=False, rows=3, length=20, mixed=False).kept > 0
 
