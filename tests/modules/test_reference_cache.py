@@ -1,6 +1,7 @@
 """DPO's reference, asked once and kept on disk: the same numbers, without the model."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,7 @@ def test_what_an_interrupted_filling_has_is_kept(
     monkeypatch.setattr(LogprobCache, "put", interrupted)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         trainer(max_steps=1).fit(DPOModule(language_model, reference_cache=str(tmp_path / "cache")), datamodule=pairs())
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which Lightning ignores while it ends
     (folder,) = (tmp_path / "cache").iterdir()
     assert len(LogprobCache(tmp_path / "cache", model=_fingerprint(language_model), precision="32-true")) == 6
     assert [file.suffix for file in folder.iterdir()] == [".safetensors"]
