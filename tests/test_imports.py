@@ -19,7 +19,7 @@ ALLOWED = {
     "modules": {"functional", "models", "data", "rollout", "algorithm", "metrics"},
     "evaluation": {"functional", "models", "data", "rollout", "loggers", "metrics"},
     "callbacks": {"loggers"},
-    "planning": {"models", "modules", "rollout", "algorithm", "cli"},
+    "planning": {"data", "models", "modules", "rollout", "algorithm", "cli"},
 }
 OPEN_TO_ALL = {"earlier", "errors", "seeding", "distributed"}
 

@@ -67,10 +67,17 @@ class LogprobCache:
         for key, row, length in zip(keys_of(batch), logprobs.float().cpu(), lengths, strict=True):
             self._found[key] = self._new[key] = row[:length].clone()
 
-    def get(self, batch: SequenceBatch) -> Tensor:
-        """Return the log-probability of each response token, nats, shape (batch, response), zero where masked."""
+    def get(self, batch: SequenceBatch) -> Tensor | None:
+        """Return the log-probability of each response token, nats, shape (batch, response), zero where masked.
+
+        ``None`` where there is a row that it does not know.
+        """
+        rows = [self._found.get(key) for key in keys_of(batch)]
+        known = [row for row in rows if row is not None]
+        if len(known) < len(rows):
+            return None
         mask = length_mask(batch.response_lengths)
-        flat = torch.cat([self._found[key] for key in keys_of(batch)]).to(mask.device)
+        flat = torch.cat(known).to(mask.device)
         return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
     def save(self) -> None:

@@ -66,8 +66,8 @@ class DPOModule(ReferenceModule):
             training and validation rows, are computed before the first step; then the reference leaves memory, and a
             step is about a third cheaper. ``null`` computes them in every step.
         max_tokens_per_microbatch: Tokens, prompts included, in one forward pass of a process, at most; a longer
-            pair goes alone. More is faster and needs more memory; results change
-            by rounding alone, which bf16-mixed shows.
+            pair goes alone. More is faster and needs more memory; results change by
+            rounding alone, which bf16-mixed shows.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer, stepped once a training step; ``null`` keeps the learning rate.
 
@@ -209,8 +209,9 @@ class DPOModule(ReferenceModule):
 
     @torch.no_grad()
     def _reference_says(self, batch: SequenceBatch) -> Tensor:
-        if self._cache is not None and not self._cache.missing(batch):
-            return self._cache.get(batch)
+        kept = None if self._cache is None else self._cache.get(batch)
+        if kept is not None:
+            return kept
         self._load_reference_again()
         return response_logprobs(self.reference, batch)
 

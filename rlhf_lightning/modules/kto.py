@@ -54,8 +54,8 @@ class KTOModule(ReferenceModule):
             desirable_weight · good / (undesirable_weight · bad) in [1, 1.5].
         threshold: Labels above it are good: 0.5 serves for true and false; for ratings give the one in the middle.
         max_tokens_per_microbatch: Tokens, prompts included, in one forward pass of a process, at most; a longer
-            sequence goes alone. More is faster and needs more memory; results change
-            by rounding alone, which bf16-mixed shows.
+            sequence goes alone. More is faster and needs more memory; results change by
+            rounding alone, which bf16-mixed shows.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer, stepped once a training step; ``null`` keeps the learning rate.
 

@@ -59,8 +59,8 @@ class PPOModule(RolloutModule):
         ppo_epochs: Passes over each rollout, at least 1; more learn more from it and move further from it.
         minibatch_size: Responses of all processes in one optimizer step; divides the rollout batch.
         max_tokens_per_microbatch: Tokens, prompts included, in one forward pass of a process, at most; a longer
-            sequence goes alone. More is faster and needs more memory; results change
-            by rounding alone, which bf16-mixed shows.
+            sequence goes alone. More is faster and needs more memory; results change by
+            rounding alone, which bf16-mixed shows.
         max_grad_norm: Gradients are clipped to this common norm; ``null`` turns it off.
         optimizer: Called with the parameter groups ``policy`` and ``critic``.
         lr_scheduler: Called with the optimizer, stepped once an iteration; ``null`` keeps the learning rate.

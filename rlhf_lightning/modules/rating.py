@@ -30,8 +30,8 @@ class RatingModule(ScoringModule):
         store_score_statistics: True writes mean and standard deviation of the validation scores into the exported
             config, for ``RewardModel(normalize=True)``; see ``RewardModule``.
         max_tokens_per_microbatch: Tokens, prompts included, in one forward pass of a process, at most; a longer
-            sequence goes alone. More is faster and needs more memory; results change
-            by rounding alone, which bf16-mixed shows.
+            sequence goes alone. More is faster and needs more memory; results change by
+            rounding alone, which bf16-mixed shows.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer, stepped once a training step; ``null`` keeps the learning rate.
 

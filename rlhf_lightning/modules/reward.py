@@ -37,8 +37,8 @@ class RewardModule(ScoringModule):
             ``RewardModel(normalize=True)``. They are measured in each validation and, where weights have changed since,
             once more at the end of an epoch; a checkpoint between holds those of the validation before it.
         max_tokens_per_microbatch: Tokens, prompts included, in one forward pass of a process, at most; a longer
-            pair goes alone. More is faster and needs more memory; results change
-            by rounding alone, which bf16-mixed shows.
+            pair goes alone. More is faster and needs more memory; results change by
+            rounding alone, which bf16-mixed shows.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer, stepped once a training step; ``null`` keeps the learning rate.
 

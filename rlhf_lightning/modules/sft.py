@@ -26,8 +26,8 @@ class SFTModule(MicroBatching, ModelModule):
         pretrained: False draws random weights for the folder's config and keeps its tokenizer: training from scratch.
         config_overrides: Entries of the config to be changed, such as ``{hidden_size: 128}``; only with random weights.
         max_tokens_per_microbatch: Tokens, prompts included, in one forward pass of a process, at most; a longer
-            sequence goes alone. More is faster and needs more memory; results change
-            by rounding alone, which bf16-mixed shows.
+            sequence goes alone. More is faster and needs more memory; results change by
+            rounding alone, which bf16-mixed shows.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer, stepped once a training step; ``null`` keeps the learning rate.
     """

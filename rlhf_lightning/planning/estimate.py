@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from rlhf_lightning.algorithm.critics import SeparateCritic, TrunkCritic
+from rlhf_lightning.data.collate import PairBatch
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.lm_head import CHUNK
 from rlhf_lightning.models.loading import load_config
@@ -115,32 +116,26 @@ def _iteration(module: PPOModule, data: Any, setting: Setting) -> list[Phase]:
 
 
 def _step(module: SFTModule | ScoringModule | ReferenceModule, data: Any, setting: Setting) -> Phase:
-    sides = 2 if hasattr(module, "uses_margins") and "Pair" in module.batch_type.__name__ else 1
+    sides = 2 if module.batch_type is PairBatch else 1
     rows = max(1, data.batch_size // setting.processes) * sides
     in_pass = _rows_of_a_pass(module.max_tokens_per_microbatch, rows, data.max_length, sides)
     scalar = isinstance(module, ScoringModule)
 
-    def of(name: str) -> Trace:
-        return trace(load_config(name), scalar=scalar, rows=in_pass, length=data.max_length, mixed=setting.mixed)
+    def of(config: PretrainedConfig) -> Trace:
+        return trace(config, scalar=scalar, rows=in_pass, length=data.max_length, mixed=setting.mixed)
 
-    model = of(module.model_name)
-    if isinstance(module, SFTModule) and module.config_overrides:
-        config = load_config(module.model_name, module.config_overrides)
-        model = trace(config, scalar=False, rows=in_pass, length=data.max_length, mixed=setting.mixed)
-    frozen = []
-    if isinstance(module, ReferenceModule) and not module.reference_free and not _leaves(module):
-        frozen = [of(module.reference_name or module.model_name)]
+    model, frozen = of(module.start_config()), list[Trace]()
+    leaves = getattr(module, "reference_cache", None) is not None
+    if isinstance(module, ReferenceModule) and not module.reference_free and not leaves:
+        frozen = [of(load_config(module.reference_name or module.model_name))]
     phase = Phase("step", _always([model], frozen, module, setting) | _gradients([model], setting))
     phase.parts["activations"] = model.kept
-    tokens = 0 if scalar else in_pass * data.max_length
-    phase.parts["vocabulary head"] = _head(model, tokens)
-    flops = rows / in_pass * (3 * model.flops + sum(each.flops for each in frozen)) + 8.0 * tokens * model.embedding
+    head = 0 if scalar else data.max_length
+    phase.parts["vocabulary head"] = _head(model, in_pass * head)
+    passes = 3 * model.flops + sum(each.flops for each in frozen)
+    flops = rows / in_pass * passes + (8.0 + 2 * len(frozen)) * rows * head * model.embedding
     phase.seconds = flops / setting.machine.flops + _optimizer_step([model], setting)
     return phase
-
-
-def _leaves(module: ReferenceModule) -> bool:
-    return getattr(module, "reference_cache", None) is not None
 
 
 def _rows_of_a_pass(budget: int, rows: int, length: int, sides: int = 1) -> int:

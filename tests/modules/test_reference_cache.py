@@ -157,9 +157,14 @@ def test_the_cache_gives_back_what_it_was_given(tmp_path: Path) -> None:
     cache.put(BATCH, logprobs)
     cache.save()
     again = LogprobCache(tmp_path, model="a", precision="32-true")
-    assert torch.equal(again.get(BATCH), logprobs)
+    everything = again.get(BATCH)
+    assert everything is not None
+    assert torch.equal(everything, logprobs)
     order = torch.tensor([2, 1])
-    assert torch.equal(again.get(BATCH.select(order)), logprobs[order][:, :2])
+    some = again.get(BATCH.select(order))
+    assert some is not None
+    assert torch.equal(some, logprobs[order][:, :2])
+    assert LogprobCache(tmp_path, model="b", precision="32-true").get(BATCH) is None
     # Where the response begins, the model and the precision are part of the key.
     assert again.missing(BATCH._replace(prompt_lengths=BATCH.prompt_lengths + 10)) == [0, 1, 2]
     for other in ({"model": "b", "precision": "32-true"}, {"model": "a", "precision": "bf16-mixed"}):

@@ -162,6 +162,8 @@ def test_steps_on_pairs(folders: tuple[str, str]) -> None:
     assert reward.parts["frozen weights"] == 0
     kept = trace(LlamaConfig.from_pretrained(folders[0]), scalar=False, rows=8, length=64, mixed=False).kept
     assert dpo.parts["activations"] == kept  # both sides of four pairs
+    (longer,) = estimate(DPOModule(folders[0], max_tokens_per_microbatch=512), pairs(8), ALONE)
+    assert longer.seconds > 1.8 * dpo.seconds  # of more passes, each with its head
     (cut,) = estimate(DPOModule(folders[0], max_tokens_per_microbatch=256), pairs(), ALONE)
     assert cut.parts["activations"] == pytest.approx(kept / 2, rel=0.02)
 
