@@ -228,10 +228,10 @@ def train_on_rollouts(
     advantages: AdvantageEstimator,
     critic: Critic | None = None,
     kl: KLControl | None = None,
-    iterations: int = 100,
+    iterations: int = 200,
     rollout: int = 384,
     minibatch: int = 128,
-    epochs: int = 4,
+    epochs: int = 2,
     learning_rate: float = 2e-3,
 ) -> PPOModule:
     """Train by PPO or a critic-free relative of it."""
