@@ -113,9 +113,11 @@ def tick_text(value: float, ticks: Sequence[float]) -> str:
     Example:
         >>> tick_text(0.5, [0.0, 0.25, 0.5]), tick_text(20000.0, [0.0, 10000.0, 20000.0])
         ('0.50', '20k')
+        >>> tick_text(0.0, [0.0, 0.00025]), tick_text(0.00025, [0.0, 0.00025])
+        ('0', '0.00025')
     """
     step = min((b - a for a, b in pairwise(ticks)), default=1.0)
-    if value and step < 1e-3:
+    if step < 1e-3:
         return f"{value:.3g}".replace("-0.", "−0.")
     if step >= 1000:
         return f"{value / 1000:g}k".replace("-", "−")
