@@ -31,6 +31,7 @@ from rlhf_lightning.run_folder import (
 from rlhf_lightning.taking_up import (
     refuse_cut_epoch,
     refuse_fewer_steps,
+    refuse_other_module,
     refuse_second_run,
     resolve_checkpoint,
     run_of_checkpoint,
@@ -129,6 +130,7 @@ class TrainerCLI(LightningCLI):
         self.settings.ckpt_path = checkpoint
         if self.subcommand == "fit" and not self.settings.trainer.fast_dev_run:
             refuse_second_run(self.settings.run_dir, checkpoint)
+            refuse_other_module(checkpoint, self.settings.model.class_path)
             refuse_fewer_steps(checkpoint, self.settings.trainer.max_steps)
             refuse_cut_epoch(checkpoint, self.settings.trainer.max_steps)
 
@@ -279,7 +281,7 @@ def _refuse_automatic_optimization(module: ModelModule, settings: dict[str, Any]
     ):
         if settings[name] not in (off, 0) and not module.automatic_optimization and hasattr(module, own):
             raise UserError(
-                f"trainer.{name} is {settings[name]}, but {type(module).__name__} optimizes by itself; set "
+                f"trainer.{name} is {settings[name]:g}, but {type(module).__name__} optimizes by itself; set "
                 f"model.{own} instead."
             )
 

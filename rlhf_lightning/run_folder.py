@@ -178,6 +178,7 @@ class RunCheckpoint(Checkpoint):
         self._saved_step = -1
         self._saved_time = time.monotonic()
         self._validated = False  # since it was saved
+        self._training = False
         self._interruption = Interruption()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -188,6 +189,7 @@ class RunCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock, and listen for Ctrl-C."""
         self._saved_step, self._saved_time, self._validated = trainer.global_step, time.monotonic(), False
+        self._training = True
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._interruption.listen()
 
@@ -224,6 +226,7 @@ class RunCheckpoint(Checkpoint):
         if self._interruption.stops(trainer):
             raise SIGTERMException  # Lightning has looked for the last time.
         self._interruption.forget()
+        self._training = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save when asked to stop; Lightning finishes the training step before it says so."""
@@ -236,7 +239,7 @@ class RunCheckpoint(Checkpoint):
                     self._save(trainer)
         finally:
             self._interruption.forget()
-            if isinstance(exception, SIGTERMException | KeyboardInterrupt):
+            if self._training or isinstance(exception, SIGTERMException | KeyboardInterrupt):
                 self._say_what_is_kept(trainer)
 
     def _say_what_is_kept(self, trainer: Trainer) -> None:

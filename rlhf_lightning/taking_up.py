@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.export import check_is_checkpoint
+from rlhf_lightning.models.export import CHECKPOINT_KEY, check_is_checkpoint
 
 logger = logging.getLogger("rlhf_lightning")
 
@@ -65,6 +65,24 @@ def refuse_second_run(run_dir: str | Path | None, ckpt_path: str | None) -> None
     if run_dir is not None and ckpt_path is None and (Path(run_dir) / LAST_CHECKPOINT).exists():
         raise UserError(
             f"{run_dir} already holds a run. Take it up with --ckpt_path auto, or name another folder by --run_dir DIR."
+        )
+
+
+def refuse_other_module(checkpoint: str | None, class_path: str) -> None:
+    """Refuse to take up a run of another of this package's modules; a class of the user's own is for him to judge.
+
+    Raises:
+        UserError: If the checkpoint was written by a module of this package, and ``class_path`` names another one.
+    """
+    import rlhf_lightning
+
+    state = None if checkpoint is None else _checkpoint_state(Path(checkpoint))
+    writer = (state or {}).get(CHECKPOINT_KEY, {}).get("module")
+    taker = class_path.rpartition(".")[2]
+    if writer != taker and {writer, taker} <= set(rlhf_lightning.__all__):
+        raise UserError(
+            f"'{checkpoint}' was written by {writer}, and this run trains {taker}; give a checkpoint of a {taker}, or "
+            f"start a new run from the model folder that 'rlhf-lightning export' makes of it."
         )
 
 

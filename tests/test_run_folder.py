@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.export import CHECKPOINT_KEY
 from rlhf_lightning.run_folder import (
     RunCheckpoint,
     claim_run_dir,
@@ -21,6 +22,7 @@ from rlhf_lightning.run_folder import (
 )
 from rlhf_lightning.taking_up import (
     LAST_CHECKPOINT,
+    refuse_other_module,
     refuse_second_run,
     resolve_checkpoint,
 )
@@ -256,6 +258,32 @@ def test_request_of_the_system_says_what_is_kept_too(tmp_path: Path, caplog: pyt
         train(tmp_path, ctrl_c, RunCheckpoint())
     assert ending.value.code is None
     assert caplog.messages[-1].startswith("checkpoint of step 1: ")
+
+
+def test_a_checkpoint_of_another_module_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save({CHECKPOINT_KEY: {"module": "DPOModule"}}, path)
+    with pytest.raises(UserError, match=r"last\.ckpt' was written by DPOModule, and this run trains PPOModule; give"):
+        refuse_other_module(str(path), "rlhf_lightning.PPOModule")
+    refuse_other_module(str(path), "rlhf_lightning.modules.dpo.DPOModule")
+    refuse_other_module(str(path), "mine.MyDPO")  # may well be made from it
+    refuse_other_module(None, "rlhf_lightning.PPOModule")
+
+
+@pytest.mark.parametrize(("every_n_steps", "kept"), [(0, "no checkpoint was written"), (1, "checkpoint of step 1: ")])
+def test_a_failure_says_what_is_kept(
+    every_n_steps: int, kept: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    failing = CtrlC("on_train_batch_start", times=0)
+
+    def fail(trainer: Trainer, *_: Any, **__: Any) -> None:
+        if trainer.global_step == 1:
+            raise UserError("the reward service is down")
+
+    failing.on_train_batch_start = fail  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="service is down"):
+        train(tmp_path, failing, RunCheckpoint(every_n_steps=every_n_steps))
+    assert caplog.messages[-1].startswith(kept)
 
 
 def test_handler_is_put_back_after_a_good_end_and_after_an_error(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ class ModelModule(LightningModule):
         checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith(prefixes)}
         packed = pack_model(self.export_prefix, self.exported_model, self.tokenizer)
         frozen = {name: fingerprint(module) for name, module in self.frozen_modules().items()}
-        checkpoint[CHECKPOINT_KEY] = packed | {"frozen": frozen}
+        checkpoint[CHECKPOINT_KEY] = packed | {"frozen": frozen, "module": type(self).__name__}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the frozen models' own weights back, so that loading stays strict.
