@@ -73,6 +73,7 @@ def run_pipeline(config: str | Path, *, run_dir: str | Path | None = None, only:
 
 def _check_all(stages: list[Stage], run_dir: Path) -> None:
     """Check every stage's config, so that a mistake in the last one does not wait for the first to end."""
+    written: list[Path] = []  # by the stages before
     for stage in stages:
         argv = stage.arguments(run_dir)
         try:
@@ -85,22 +86,23 @@ def _check_all(stages: list[Stage], run_dir: Path) -> None:
                 from rlhf_lightning.commands import check_function_command
 
                 inputs = check_function_command(stage.command, argv[1:])
-            _check_inputs(inputs, run_dir)
+            _check_inputs(inputs, written)
         except UserError as mistake:
             raise UserError(f"stage {stage.name}: {mistake} (No stage was started.)") from mistake
         except SystemExit:
             print(f"in stage {stage.name}; no stage was started.", file=sys.stderr)
             raise
+        written.append(stage.folder(run_dir))
 
 
-def _check_inputs(inputs: dict[str, Any], run_dir: Path) -> None:
-    """Refuse data and models that do not exist and that no earlier stage is going to write."""
+def _check_inputs(inputs: dict[str, Any], written: list[Path]) -> None:
+    """Refuse data and models that do not exist and that no stage before is going to write into its folder."""
     from rlhf_lightning.data.readers import check_source
     from rlhf_lightning.models.loading import resolve_model
 
     named = inputs | {f"models.{name}": path for name, path in (inputs.get("models") or {}).items()}
     for key, value in named.items():
-        if not isinstance(value, str) or Path(value).is_relative_to(run_dir):
+        if not isinstance(value, str) or any(Path(value).is_relative_to(folder) for folder in written):
             continue
         if key in _DATA_KEYS:
             check_source(value)

@@ -203,6 +203,16 @@ def test_missing_input_of_a_later_stage_ends_before_the_first(
 
 
 @pytest.mark.usefixtures("folder")
+def test_a_stage_that_is_left_out_and_was_never_run_ends_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its folder lies in the pipeline's own, but no stage before is going to write it."""
+    assert pipeline("--stages", "first,compare") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: stage compare: model folder 'runs/second/model' does not exist")
+    assert err.endswith("(No stage was started.)\n")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.usefixtures("folder")
 def test_missing_config_ends_before_the_first_stage(capsys: pytest.CaptureFixture[str]) -> None:
     Path("compare.yaml").rename("comparison.yaml")
     assert pipeline() == 2
