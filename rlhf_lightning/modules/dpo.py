@@ -1,6 +1,7 @@
 """Direct preference optimisation: the policy learns from preference pairs, without a reward model."""
 
 import logging
+import math
 import time
 from typing import Any, NamedTuple, cast
 
@@ -64,7 +65,8 @@ class DPOModule(ReferenceModule):
             holds the policy where it started.
         reference_cache: Folder in which the reference's log-probabilities are kept. Those that are not there yet, of
             training and validation rows, are computed before the first step; then the reference leaves memory, and a
-            step is about a third cheaper. ``null`` computes them in every step.
+            step is about a third cheaper. A run that is too short to see every training row keeps the reference, and
+            asks it about the rows that come. ``null`` computes them in every step.
         max_tokens_per_microbatch: Tokens, prompts included, in one forward pass of a process, at most; a longer
             pair goes alone. More is faster and needs more memory; results change by
             rounding alone, which bf16-mixed shows.
@@ -116,14 +118,27 @@ class DPOModule(ReferenceModule):
                 "give a PreferenceDataModule as datamodule, or leave reference_cache out."
             )
         self._load_reference_again()
-        self._cache = self._filled_cache(self.reference_cache, data)
+        self._cache = LogprobCache(
+            self.reference_cache, model=fingerprint(self.reference), precision=str(self.trainer.precision)
+        )
+        seen, pairs = self._pairs_of_the_run(data), len(data.train_examples)
+        if seen < pairs:
+            log.info("reference_cache: %d of %d pairs are trained on, asked about as they come", seen, pairs)
+            return
+        self._fill(self._cache, data)
         del self.reference
+
+    def on_fit_end(self) -> None:
+        """Keep what the reference was asked about on the way."""
+        if self._cache is not None:
+            self._cache.save()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Tell of a reference that has gone too, so that a resumed run meets the same."""
         super().on_save_checkpoint(checkpoint)
         if self._cache is not None:
             checkpoint[CHECKPOINT_KEY]["frozen"].setdefault("reference", self._cache.model)
+            self._cache.save()
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the mean loss of the pairs of all processes."""
@@ -213,31 +228,44 @@ class DPOModule(ReferenceModule):
         if kept is not None:
             return kept
         self._load_reference_again()
-        return response_logprobs(self.reference, batch)
+        logprobs = response_logprobs(self.reference, batch)
+        if self._cache is not None:
+            self._cache.put(batch, logprobs)
+        return logprobs
 
     def _load_reference_again(self) -> None:
         """Bring back a reference that has gone, for rows that it has not seen."""
         if not hasattr(self, "reference"):
             self.reference = load_reference(self.reference_name or self.model_name, self.policy).to(self.device)
 
+    def _pairs_of_the_run(self, data: PreferenceDataModule) -> int:
+        """Return how many pairs training takes at most, one that comes twice counted twice."""
+        trainer, pairs = self.trainer, len(data.train_examples)
+        limit, epochs, steps = trainer.limit_train_batches, trainer.max_epochs, trainer.max_steps
+        an_epoch = min(pairs, limit * data.batch_size) if isinstance(limit, int) else math.ceil(limit * pairs)
+        of_epochs = pairs if epochs in (None, -1) else an_epoch * epochs
+        of_steps = pairs if steps == -1 else steps * trainer.accumulate_grad_batches * data.batch_size
+        return int(min(of_epochs, of_steps))
+
     @torch.no_grad()
-    def _filled_cache(self, folder: str, data: PreferenceDataModule) -> LogprobCache:
-        cache = LogprobCache(folder, model=fingerprint(self.reference), precision=str(self.trainer.precision))
-        examples = [*data.train_examples, *data.val_examples]
-        own = examples[self.global_rank :: self.trainer.world_size]
-        known, told = len(cache), time.monotonic()
+    def _fill(self, cache: LogprobCache, data: PreferenceDataModule) -> None:
+        validated = data.val_examples if self.trainer.limit_val_batches else []
+        own = [*data.train_examples, *validated][self.global_rank :: self.trainer.world_size]
+        known, began = len(cache), time.monotonic()
+        told = began
         try:
             for start in range(0, len(own), _ROWS_AT_A_TIME):
                 self._ask_reference(cache, data.collate(own[start : start + _ROWS_AT_A_TIME]))
                 if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
                     told = time.monotonic()
-                    log.info("reference_cache: %d of %d pairs", start + _ROWS_AT_A_TIME, len(own))
+                    done = start + _ROWS_AT_A_TIME
+                    left = (told - began) / done * max(0, len(own) - done)
+                    log.info("reference_cache: %d of %d pairs, %.0f s left", min(done, len(own)), len(own), left)
         finally:
             cache.save()  # an interrupted run has not worked for nothing
         self.trainer.strategy.barrier("reference_cache")
         cache.load()
         log.info("reference_cache: %d sequences in %s, %d of them known before", len(cache), cache.folder, known)
-        return cache
 
     def _ask_reference(self, cache: LogprobCache, pairs: PairBatch) -> None:
         batch = SequenceBatch.stack([pairs.chosen, pairs.rejected])

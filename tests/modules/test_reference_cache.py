@@ -99,7 +99,7 @@ def test_rows_that_are_new_are_added(
 ) -> None:
     for data, known in ((pairs(6), 18), (pairs(6, first=4), 26)):  # four of six are new; both sides of each
         module = DPOModule(language_model, reference_cache=str(tmp_path / "cache"))
-        trainer(max_steps=1).fit(module, datamodule=data)
+        trainer(max_epochs=1).fit(module, datamodule=data)
         assert module._cache is not None
         assert len(module._cache) <= known
         assert not module._cache.missing(
@@ -108,11 +108,41 @@ def test_rows_that_are_new_are_added(
     assert len(list((tmp_path / "cache").glob("*/*.safetensors"))) == 2
 
 
+@pytest.mark.parametrize(
+    ("limits", "passes"), [({"max_steps": 1}, 1), ({"max_epochs": 1, "limit_train_batches": 1}, 2)]
+)
+def test_a_short_run_asks_about_its_own_rows_alone(
+    limits: dict[str, int],
+    passes: int,
+    language_model: str,
+    pairs: Callable[..., PreferenceDataModule],
+    trainer: MakeTrainer,
+    weights: Callable[[LightningModule], dict[str, Tensor]],
+    asked: list[bool],
+    tmp_path: Path,
+) -> None:
+    """Of twelve pairs four are trained on; the second time they are known, and three of validation where it runs."""
+    kept = []
+    for cache, expected in ((None, passes), (tmp_path / "cache", passes), (tmp_path / "cache", 0)):
+        module = dpo(language_model, language_model, cache)
+        asked.clear()
+        trainer(**limits, num_sanity_val_steps=0).fit(module, datamodule=pairs(12))
+        assert sum(asked) == expected
+        assert hasattr(module, "reference")
+        kept.append(weights(module))
+        if cache is not None:
+            assert module._cache is not None
+            assert len(module._cache) <= 14  # two sides of seven pairs
+    for state in kept[1:]:
+        for name, tensor in kept[0].items():
+            torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-6)
+
+
 def test_rows_of_another_data_set_are_answered_by_the_reference(
     language_model: str, pairs: Callable[..., PreferenceDataModule], trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     module = DPOModule(language_model, reference_cache=str(tmp_path / "cache"))
-    trainer(max_steps=1).fit(module, datamodule=pairs())
+    trainer(max_epochs=1).fit(module, datamodule=pairs())
     others = pairs(4, first=50)
     (cached,) = trainer().validate(module, datamodule=others, verbose=False)
     live = DPOModule(language_model)
@@ -183,8 +213,8 @@ def test_a_second_fit_of_the_same_module_asks_the_reference_again(
     language_model: str, pairs: Callable[..., PreferenceDataModule], trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     module = DPOModule(language_model, reference_cache=str(tmp_path / "cache"))
-    trainer(max_steps=1).fit(module, datamodule=pairs())
-    trainer(max_steps=1).fit(module, datamodule=pairs(5, first=20))
+    trainer(max_epochs=1).fit(module, datamodule=pairs())
+    trainer(max_epochs=1).fit(module, datamodule=pairs(5, first=20))
     assert module._cache is not None
     assert not hasattr(module, "reference")
 
@@ -218,7 +248,7 @@ def test_what_an_interrupted_filling_has_is_kept(
 
     monkeypatch.setattr(LogprobCache, "put", interrupted)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        trainer(max_steps=1).fit(DPOModule(language_model, reference_cache=str(tmp_path / "cache")), datamodule=pairs())
+        trainer(max_steps=2).fit(DPOModule(language_model, reference_cache=str(tmp_path / "cache")), datamodule=pairs())
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which Lightning ignores while it ends
     (folder,) = (tmp_path / "cache").iterdir()
     assert len(LogprobCache(tmp_path / "cache", model=_fingerprint(language_model), precision="32-true")) == 6
