@@ -61,7 +61,7 @@ def readable_type(typehint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(readable_type(part) for part in parts if getattr(part, "__name__", "") != "Tensor")
     if origin is list:
-        return f"a list of ({readable_type(parts[0])})"
+        return f"a list [{readable_type(parts[0])}, ...]"
     return typehint.__name__ if isinstance(typehint, type) and not parts else plain(str(typehint))
 
 

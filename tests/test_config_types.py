@@ -22,7 +22,7 @@ def test_classes_of_a_callable_are_those_it_returns() -> None:
 
 
 def test_types_are_said_in_words() -> None:
-    assert readable_type(list[int]) == "a list of (an integer)"
+    assert readable_type(list[int]) == "a list [an integer, ...]"
     assert readable_type(str | bool) == "text or true or false"
     assert readable_type(None) == ""
 

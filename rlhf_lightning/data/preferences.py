@@ -55,6 +55,16 @@ class PreferenceDataModule(ResponsesDataModule[PreferencePair, PairExample | Mar
         super().__init__(source, val_source, val_size, **rows)
         self.margin_column = margin_column
 
+    def setup(self, stage: str) -> None:
+        """Do what every data module does, and refuse training pairs that are all ties."""
+        super().setup(stage)
+        pairs = self.train_examples
+        if pairs and all(pair.chosen_ids == pair.rejected_ids for pair in pairs):
+            raise UserError(
+                f"all {len(pairs)} training pairs of {self.source!r} have a chosen response equal to the rejected one, "
+                "so that there is nothing to learn; look at the two columns."
+            )
+
     def parse(self, row: dict[str, Any]) -> list[PreferencePair]:
         """Return the pair that a row holds."""
         margin = None if self.margin_column is None else read_margin(row, self.margin_column)

@@ -1,6 +1,7 @@
 """Where scores come from: a reward model, a Python function, a weighted sum of several."""
 
 import json
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,8 @@ from rlhf_lightning.rollout.user_functions import as_numbers, call_with_columns,
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("rlhf_lightning")
 
 
 class ScoringBatch(NamedTuple):
@@ -111,6 +114,8 @@ class RewardModel(RewardSource):
         self.scalar = ScalarModel(model)
         self.scored_token_id = getattr(model.config, "scored_token_id", None)
         self.same_tokens = same_tokenization(tokenizer, self.tokenizer)
+        if not self.same_tokens:
+            logger.info("reward model '%s' has other tokens than the policy; it reads the text by its own", self.path)
 
     @torch.no_grad()
     def score(self, batch: ScoringBatch) -> Scores:

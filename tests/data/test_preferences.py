@@ -69,6 +69,13 @@ def test_ties_and_empty_responses_are_kept_and_counted(rows: Path, demo_tokenize
     assert list(data.train_examples[3].rejected_ids) == [demo_tokenizer.eos_token_id]
 
 
+def test_training_pairs_that_are_all_ties_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "same.jsonl"
+    path.write_text('{"prompt": "Hi", "chosen": "yes", "rejected": "yes"}\n' * 3)
+    with pytest.raises(UserError, match=r"all 3 training pairs of .*same\.jsonl' have a chosen response equal to the"):
+        pairs(path)
+
+
 def test_lengths_must_leave_room() -> None:
     with pytest.raises(UserError, match="max_prompt_length is 512 and max_length 512"):
         PreferenceDataModule("x.jsonl", max_prompt_length=512)

@@ -321,12 +321,16 @@ class TestRewardModel:
             RewardModel(str(tmp_path), normalize=True).setup(word_tokenizer)
 
     def test_another_tokenizer_reads_the_conversation_in_its_own_template(
-        self, reward_model: tuple[str, PreTrainedModel]
+        self, reward_model: tuple[str, PreTrainedModel], caplog: pytest.LogCaptureFixture
     ) -> None:
         path, model = reward_model
         source = RewardModel(path)
-        source.setup(load_tokenizer("builtin:demo"))
+        with caplog.at_level("INFO"):
+            source.setup(load_tokenizer("builtin:demo"))
         assert not source.same_tokens
+        assert caplog.messages == [
+            f"reward model '{path}' has other tokens than the policy; it reads the text by its own"
+        ]
         batch = scoring_batch(
             prompts=[[{"role": "user", "content": "w5 w6"}], [{"role": "user", "content": "w7"}]],
             responses=["w8 w9", "w10 w11 w12"],
