@@ -191,9 +191,19 @@ def peak_memory(options: argparse.Namespace) -> float:
 
     if options.device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    # Not getrusage, whose maximum a child process takes over from the one that started it.
+    return _of_status("VmHWM")  # not getrusage, whose maximum a child process takes over from the one that started it
+
+
+def resident_memory(options: argparse.Namespace) -> float:
+    """Return the memory of this process now, in MiB."""
+    import torch
+
+    return torch.cuda.memory_allocated() / 2**20 if options.device == "cuda" else _of_status("VmRSS")
+
+
+def _of_status(entry: str) -> float:
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 2**10
+    return int(next(line for line in status.splitlines() if line.startswith(entry)).split()[1]) / 2**10
 
 
 def report(

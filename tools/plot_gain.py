@@ -45,6 +45,12 @@ def drawn(name: str, runs: list[str], color: int, options: argparse.Namespace) -
     return Series(name, places, means, spread, color)
 
 
+def write_chart(chart: str, path: str) -> None:
+    """Write a chart of ``rlhf_lightning.evaluation.plots`` as a file of its own, with the style that a page gives."""
+    start, mark, rest = chart.partition(">")
+    Path(path).write_text(start + mark + _STYLE + rest + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", required=True)
@@ -63,8 +69,7 @@ def main() -> None:
         for color, name in zip((0, 4, 5), levels, strict=False)
     ]
     chart = line_chart(lines, title="J by episode", x_label="episodes", width=760, height=360)
-    start, mark, rest = chart.partition(">")
-    Path(options.output).write_text(start + mark + _STYLE + rest + "\n", encoding="utf-8")
+    write_chart(chart, options.output)
 
 
 if __name__ == "__main__":
