@@ -19,6 +19,7 @@ from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.models.export import CHECKPOINT_KEY, pack_model, write_model_folder
 from rlhf_lightning.models.loading import load_config, load_tokenizer
 from rlhf_lightning.modules.data_checks import check_batch, check_data
+from rlhf_lightning.modules.restarts import count_begun_epoch
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -99,8 +100,9 @@ class ModelModule(LightningModule):
             )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Refuse a batch of another kind before it ends in an error further down."""
+        """Refuse a batch of another kind before it ends in an error further down, and put Lightning's counts right."""
         check_batch(self, batch)
+        count_begun_epoch(self.trainer)
 
     def frozen_modules(self) -> dict[str, nn.Module]:
         """Return the sub-modules that are never trained, by attribute name; they stay out of checkpoints."""
