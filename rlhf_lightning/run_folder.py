@@ -158,8 +158,9 @@ class RunCheckpoint(Checkpoint):
     """Keep ``checkpoints/last.ckpt`` in the run folder, complete at every moment.
 
     A checkpoint is written beside its final name, flushed to the disk and moved into place, so that whoever is killed
-    finds the earlier one whole. It is written between two training steps only, at the end of training, and when the
-    process is asked to stop (SIGTERM, or a first Ctrl-C, which lets the step end; a second stops at once).
+    finds the earlier one whole. It is written between two training steps only, behind the validation where one follows
+    the step, at the end of training, and when the process is asked to stop (SIGTERM, or a first Ctrl-C, which lets the
+    step end; a second stops at once).
 
     Args:
         every_n_minutes: Time between two checkpoints; 0 writes none by the clock. More often loses less work to a
@@ -179,6 +180,7 @@ class RunCheckpoint(Checkpoint):
         self._saved_time = time.monotonic()
         self._validated = False  # since it was saved
         self._training = False
+        self._due = False  # after the validation that follows
         self._interruption = Interruption()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -189,7 +191,7 @@ class RunCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock, and listen for Ctrl-C."""
         self._saved_step, self._saved_time, self._validated = trainer.global_step, time.monotonic(), False
-        self._training = True
+        self._training, self._due = True, False
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._interruption.listen()
 
@@ -208,7 +210,9 @@ class RunCheckpoint(Checkpoint):
             self._interruption.stop(trainer)
         elif self._saved_step != trainer.global_step:
             due = self.every_n_steps > 0 and trainer.global_step % self.every_n_steps == 0
-            if due or late:
+            if (due or late) and _validation_follows(trainer):
+                self._due = True  # taken up from before it, a run would go on without it
+            elif due or late:
                 self._save(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -216,9 +220,12 @@ class RunCheckpoint(Checkpoint):
         self._interruption.wait(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop where that was asked for before or meanwhile."""
+        """Save where the step before asked for it, and stop where that was asked for before or meanwhile."""
         self._validated = True
         self._interruption.stops(trainer)
+        (stopping,) = any_process(trainer.received_sigterm)
+        if (stopping or self._due) and not trainer.sanity_checking:
+            self._save(trainer)  # before Lightning counts the step, as it will again when it is restarted from here
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end of training."""
@@ -266,6 +273,19 @@ class RunCheckpoint(Checkpoint):
             _put_in_place(unfinished, path)
         trainer.strategy.barrier("RunCheckpoint")
         self._saved_step, self._saved_time, self._validated = trainer.global_step, time.monotonic(), False
+        self._due = False
+
+
+def _validation_follows(trainer: Trainer) -> bool:
+    """Tell whether this step is validated; there is no public way to know.
+
+    By the clock processes could come to different answers; none is given then.
+    """
+    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+    by_clock = getattr(trainer, "_val_check_time_interval", None) is not None
+    if by_clock or fetcher is None or not sum(trainer.num_val_batches):
+        return False
+    return loop._should_check_val_fx(fetcher)
 
 
 def _unfinished(path: Path) -> Path:

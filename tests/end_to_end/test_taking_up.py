@@ -1,5 +1,6 @@
 """A run that was stopped and taken up again is the run that was not, wherever in an epoch it was stopped."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from rlhf_lightning.__main__ import main
+from rlhf_lightning.loggers import read_metrics
+from rlhf_lightning.run_folder import RunCheckpoint
 from rlhf_lightning.taking_up import refuse_cut_epoch
 
 TINY = "{hidden_size: 16, intermediate_size: 32, num_attention_heads: 2, num_key_value_heads: 2}"
@@ -37,6 +40,26 @@ class CtrlCAt(Callback):
         if self.validation and self.seen == self.batch:
             self.batch = -1
             os.kill(os.getpid(), signal.SIGINT)
+
+
+class StoppedAt(RunCheckpoint):
+    """Saves each step, and is stopped at one: killed before it ("kill") or in the validation after the one before
+    ("kill_validation"), or asked to stop within it ("SIGINT", "SIGTERM").
+    """
+
+    def __init__(self, batch: int, how: str) -> None:
+        super().__init__(every_n_steps=1)
+        self.batch, self.how = batch, how
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.batch and self.how == "kill":
+            raise RuntimeError("killed")
+        if trainer.global_step == self.batch and self.how.startswith("SIG"):
+            os.kill(os.getpid(), signal.Signals[self.how])
+
+    def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.batch and self.how == "kill_validation" and not trainer.sanity_checking:
+            raise RuntimeError("killed")
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +109,43 @@ def test_epochs_go_on_with_the_data_they_stopped_at(batch: int, validation: bool
     assert fit("cut", "--trainer.max_epochs=3", "--ckpt_path=auto") == 0
     assert len(rows("whole")) == 15
     check_equal("cut", "whole", "train/loss", "val/loss")
+
+
+def fit_in_parts(*more: str, stops: list[tuple[int, str]]) -> list[list[Any]]:
+    """Return the logged losses by step and epoch, of a run that was stopped so and of one that was not."""
+    assert fit("whole", *more) == 0
+    for batch, how in stops:
+        own = ["--trainer.callbacks=test_taking_up.StoppedAt", f"--trainer.callbacks.batch={batch}"]
+        with contextlib.suppress(RuntimeError):
+            assert fit("cut", *more, *own, f"--trainer.callbacks.how={how}", "--ckpt_path=auto") in (130, 143)
+    assert fit("cut", *more, "--ckpt_path=auto") == 0
+    check_equal("cut", "whole")
+    logged = [read_metrics(Path(run, "metrics.jsonl")) for run in ("cut", "whole")]
+    return [[[row.get(key) for key in ("step", "epoch", "train/loss", "val/loss")] for row in run] for run in logged]
+
+
+# Within an epoch and at the end of one.
+@pytest.mark.parametrize(("batch", "every"), [(2, 2), (5, 1.0)])
+def test_a_validation_that_was_cut_is_made_up_for(batch: int, every: float) -> None:
+    epochs = ["--trainer.max_epochs=2", f"--trainer.val_check_interval={every}"]
+    cut, whole = fit_in_parts(*epochs, stops=[(batch, "kill_validation")])
+    assert cut == whole
+
+
+# Two batches an epoch. By Lightning's counts the first ends at the second restart, the others take too many steps.
+@pytest.mark.parametrize(
+    "stops", [[(2, "kill"), (3, "kill")], [(2, "kill"), (4, "kill")], [(2, "kill"), (6, "SIGINT")]]
+)
+def test_a_run_may_be_stopped_time_and_again(stops: list[tuple[int, str]]) -> None:
+    cut, whole = fit_in_parts("--trainer.max_epochs=4", "--data.limit=8", "--data.val_size=0", stops=stops)
+    assert len(whole) == 8
+    assert cut == whole
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
+def test_steps_keep_their_numbers_after_a_stop_at_a_validation(how: str) -> None:
+    cut, whole = fit_in_parts("--trainer.max_epochs=2", "--trainer.val_check_interval=2", stops=[(1, how), (8, how)])
+    assert cut == whole
 
 
 def test_a_finished_run_takes_another_epoch_of_other_data() -> None:
