@@ -1,6 +1,6 @@
 """PPO: what an iteration does to the weights, what it counts, and that nothing disturbs it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +312,28 @@ def test_every_epoch_shuffles_anew(ppo: MakePPO, prompts: MakePrompts, trainer: 
     trainer(max_steps=1).fit(ppo(Watched, ppo_epochs=3), datamodule=prompts())
     assert epochs[-3:] == [0, 1, 2]
     assert set(epochs[:-3]) == {0}  # old log-probabilities are computed in the groups of the first
+
+
+def test_the_old_pass_has_the_groups_of_the_first_update(
+    ppo: MakePPO, prompts: MakePrompts, trainer: MakeTrainer
+) -> None:
+    """Matrix products of another shape may round otherwise, and the first ratio would be off 1 on some machines."""
+    plans: list[list[list[int]]] = []
+    passes: list[list[int]] = []
+
+    class Watched(PPOModule):
+        def batch_plan(self, lengths: Tensor, *, epoch: int) -> list[list[Tensor]]:
+            plan = super().batch_plan(lengths, epoch=epoch)
+            plans.append([group.tolist() for minibatch in plan for group in minibatch])
+            return plan
+
+        def score(self, *args: Any, groups: Sequence[Tensor], **kwargs: Any) -> Rollout:
+            passes.extend(group.tolist() for group in groups)
+            return super().score(*args, groups=groups, **kwargs)
+
+    trainer(max_steps=1).fit(ppo(Watched, ppo_epochs=1), datamodule=prompts())
+    assert passes == plans[-1]
+    assert max(map(len, passes)) > 1
 
 
 # --- the rollout ------------------------------------------------------------------------------------------------------
