@@ -82,7 +82,7 @@ def refuse_other_module(checkpoint: str | None, class_path: str) -> None:
     if writer != taker and {writer, taker} <= set(rlhf_lightning.__all__):
         raise UserError(
             f"'{checkpoint}' was written by {writer}, and this run trains {taker}; give a checkpoint of a {taker}, or "
-            f"start a new run from the model folder that 'rlhf-lightning export' makes of it."
+            "start a new run from the model folder that 'rlhf-lightning export' makes of it."
         )
 
 

@@ -20,6 +20,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -342,7 +343,10 @@ def main() -> int:
             )
             print("".join(f"  {fault}\n" for fault in tally.faults), end="", flush=True)
             bad += len(tally.faults)
-    return 1 if bad else 0
+    if bad:
+        return 1
+    shutil.rmtree(folder)  # the logs are of use to whoever looks for a fault
+    return 0
 
 
 if __name__ == "__main__":
