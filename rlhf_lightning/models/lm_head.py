@@ -8,8 +8,12 @@ from torch.nn.functional import linear
 
 from rlhf_lightning.functional.logprobs import entropy_from_logits, logprobs_from_logits
 
-#: Logits that exist at a time, at most; twice as many at once are not cut.
+#: Probabilities that a pass keeps for its backward pass, at most: 128 MiB.
+KEEP = 2**25
+#: Of what is beyond them, the logits that exist at a time; backwards they are computed again.
 CHUNK = 2**22
+#: Numbers that a processor goes over at a time, so that they stay in its cache from one operation to the next.
+_TILE = 2**18
 
 
 class HeadOutput(NamedTuple):
@@ -27,12 +31,13 @@ def head_logprobs(
     temperature: float = 1.0,
     with_entropy: bool = False,
     entropy_gradient: bool = False,
+    keep: int = KEEP,
     chunk: int = CHUNK,
 ) -> HeadOutput:
-    """Return the log-probabilities of tokens under a vocabulary head, a few rows of logits at a time.
+    """Return the log-probabilities of tokens under a vocabulary head.
 
-    Backwards the logits are computed again: a third more matrix work in the head, for never holding a tensor of
-    tokens · vocabulary numbers. What is small enough is not cut and computed once.
+    One tensor of tokens · vocabulary numbers exists, up to ``keep`` of them, where autograd would hold four. What is
+    beyond is computed a chunk at a time, and again backwards: a third more matrix work for that part.
 
     Args:
         head: The model's output embedding, with ``weight`` of shape (vocabulary, hidden).
@@ -41,39 +46,34 @@ def head_logprobs(
         temperature: Divides the logits, above 0.
         with_entropy: True computes the entropy too; it takes no further pass.
         entropy_gradient: True lets gradients flow through it.
-        chunk: Logits that exist at a time, at most; a row is never cut.
+        keep: Probabilities that are kept for the backward pass, at most.
+        chunk: Logits of the rest that exist at a time, at most; a row is never cut.
     """
-    small = len(tokens) * _vocabulary(head) <= 2 * chunk
-    if small or not isinstance(head, nn.Linear):
-        return _at_once(head, hidden, tokens, temperature, with_entropy, entropy_gradient)
-    logprobs, entropy = _ChunkedHead.apply(
-        hidden, head.weight, head.bias, tokens, temperature, with_entropy, entropy_gradient, chunk
+    if not isinstance(head, nn.Linear):
+        return _by_autograd(head, hidden, tokens, temperature, with_entropy, entropy_gradient)
+    logprobs, entropy = _FusedHead.apply(
+        hidden, head.weight, head.bias, tokens, temperature, with_entropy, entropy_gradient, (keep, chunk)
     )
     return HeadOutput(logprobs, entropy if with_entropy else None)
 
 
-def _vocabulary(head: nn.Module) -> int:
-    weight = getattr(head, "weight", None)
-    return len(weight) if isinstance(weight, Tensor) else 1
-
-
-def _at_once(
+def _by_autograd(
     head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float, with_entropy: bool, entropy_gradient: bool
 ) -> HeadOutput:
-    logits = scaled(head(hidden), temperature)
+    logits = _scaled(head(hidden), temperature)
     logprobs = logprobs_from_logits(logits, tokens)
     with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
         entropy = entropy_from_logits(logits) if with_entropy else None
     return HeadOutput(logprobs, entropy)
 
 
-def scaled(logits: Tensor, temperature: float) -> Tensor:
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
     """Return the logits over the temperature in float32; a quotient by 1 would be one more tensor of their size."""
     return logits.float() if temperature == 1 else logits.float() / temperature
 
 
-class _ChunkedHead(torch.autograd.Function):
-    """logits = hidden · weightᵀ (+ bias); log-probabilities and entropies of them, in chunks of rows.
+class _FusedHead(torch.autograd.Function):
+    """logits = hidden · weightᵀ (+ bias); log-probabilities and entropies of them.
 
     With p = softmax(z) the slopes by the scaled logits z are d log p_y / dz = onehot(y) - p and
     dH / dz = -p (log p + H).
@@ -89,61 +89,103 @@ class _ChunkedHead(torch.autograd.Function):
         temperature: float,
         with_entropy: bool,
         entropy_gradient: bool,
-        chunk: int,
+        limits: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        rows = max(1, chunk // len(weight))
+        ctx.places, ctx.end_of_kept = _places(len(tokens), len(weight), *limits)
         chosen, normalizer, entropy = (hidden.new_zeros(len(tokens), dtype=torch.float32) for _ in range(3))
+        kept = None
         with torch.autocast(device, enabled=False):
             matrix = weight.to(dtype)
-            for start in range(0, len(tokens), rows):
-                place = slice(start, start + rows)
+            for place in ctx.places:
                 logits = _logits(hidden[place], matrix, bias, temperature)
-                normalizer[place] = logits.logsumexp(dim=-1)
                 chosen[place] = logits.gather(1, tokens[place, None]).squeeze(1)
-                if with_entropy:
-                    probabilities = (logits - normalizer[place, None]).exp_()
-                    entropy[place] = normalizer[place] - probabilities.mul_(logits).sum(dim=-1)
-        ctx.save_for_backward(hidden, weight, bias, tokens, normalizer, entropy)
-        ctx.settings = dtype, temperature, with_entropy and entropy_gradient, rows
+                for tile in _tiles(logits):
+                    within = slice(place.start + tile.start, place.start + tile.stop)
+                    normalizer[within], entropy[within] = _normalize(logits[tile], with_entropy)
+                kept = logits if place.stop <= ctx.end_of_kept else kept
+        ctx.save_for_backward(hidden, weight, bias, tokens, normalizer, entropy, kept)
+        ctx.settings = dtype, temperature, with_entropy and entropy_gradient
         if not (with_entropy and entropy_gradient):
             ctx.mark_non_differentiable(entropy)
         return chosen - normalizer, entropy
 
     @staticmethod
     def backward(ctx: Any, logprob_slopes: Tensor, entropy_slopes: Tensor) -> Any:
-        hidden, weight, bias, tokens, normalizer, entropy = ctx.saved_tensors
-        dtype, temperature, through_entropy, rows = ctx.settings
-        to_hidden = torch.empty_like(hidden)
-        to_weight = torch.zeros_like(weight)
+        hidden, weight, bias, tokens, normalizer, entropy, kept = ctx.saved_tensors
+        dtype, temperature, through_entropy = ctx.settings
+        logprob_slopes, entropy_slopes = logprob_slopes / temperature, entropy_slopes / temperature
+        to_hidden, to_weight = torch.empty_like(hidden), None
         to_bias = None if bias is None else torch.zeros_like(bias)
         with torch.autocast(hidden.device.type, enabled=False):
             matrix = weight.to(dtype)
-            for start in range(0, len(tokens), rows):
-                place = slice(start, start + rows)
-                logits = _logits(hidden[place], matrix, bias, temperature)
-                factor = logprob_slopes[place, None]
-                logprobs = logits.sub_(normalizer[place, None])
-                if through_entropy:
-                    factor = factor + entropy_slopes[place, None] * (logprobs + entropy[place, None])
-                slopes = logprobs.exp_().mul_(-factor)
+            for place in ctx.places:
+                again = place.stop > ctx.end_of_kept
+                slopes = _logits(hidden[place], matrix, bias, temperature) if again else kept
+                for tile in _tiles(slopes):
+                    within = slice(place.start + tile.start, place.start + tile.stop)
+                    if again:
+                        slopes[tile].sub_(normalizer[within, None]).exp_()
+                    through = (entropy_slopes[within], entropy[within]) if through_entropy else None
+                    _slopes_from_probabilities(slopes[tile], logprob_slopes[within], through)
                 slopes.scatter_add_(1, tokens[place, None], logprob_slopes[place, None])
-                slopes = (slopes / temperature if temperature != 1 else slopes).to(dtype)
-                to_hidden[place] = slopes @ matrix
-                _add_product(to_weight, slopes.T, hidden[place].to(dtype))
                 if to_bias is not None:
                     to_bias += slopes.sum(dim=0)
+                slopes = slopes.to(dtype)
+                to_hidden[place] = slopes @ matrix
+                to_weight = _plus_product(to_weight, slopes.T, hidden[place].to(dtype), weight)
         return to_hidden, to_weight, to_bias, None, None, None, None, None
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a · b to the total, without a tensor of its size in between where the types agree."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+def _places(tokens: int, vocabulary: int, keep: int, chunk: int) -> tuple[list[slice], int]:
+    """Return the rows that are computed at a time, first those whose probabilities are kept, and where these end."""
+    kept, rows = min(tokens, keep // vocabulary), max(1, chunk // vocabulary)
+    chunks = [slice(at, min(at + rows, tokens)) for at in range(kept, tokens, rows)]
+    return [slice(0, kept)] * (kept > 0) + chunks, kept
+
+
+def _tiles(logits: Tensor) -> list[slice]:
+    """Return the rows that are worked on at a time: all, but on a processor as many as its cache holds."""
+    rows = max(1, _TILE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    return [slice(at, min(at + rows, len(logits))) for at in range(0, len(logits), max(1, rows))]
+
+
+def _normalize(logits: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
+    """Turn logits into probabilities in place; return their logsumexp and entropy, nats, 0 unless wanted."""
+    largest = logits.amax(dim=1, keepdim=True)
+    powers = logits.sub_(largest).exp()
+    total = powers.sum(dim=1)
+    entropy = total.log() - torch.linalg.vecdot(powers, logits) / total if with_entropy else torch.zeros_like(total)
+    torch.div(powers, total[:, None], out=logits)
+    return largest.squeeze(1) + total.log(), entropy
+
+
+def _slopes_from_probabilities(
+    probabilities: Tensor, logprob_slopes: Tensor, entropy: tuple[Tensor, Tensor] | None
+) -> None:
+    """Turn probabilities into slopes by the logits, in place, all but what the token's own log-probability adds.
+
+    Args:
+        probabilities: Shape (tokens, vocabulary).
+        logprob_slopes: By the log-probabilities of the tokens, shape (tokens,).
+        entropy: Slopes by the entropies, and those, where gradients flow through them, shape (tokens,) each.
+    """
+    if entropy is None:
+        probabilities.mul_(-logprob_slopes[:, None])
+        return
+    slopes, entropies = (each[:, None] for each in entropy)
+    through = torch.special.xlogy(probabilities, probabilities).addcmul_(probabilities, entropies).mul_(slopes)
+    probabilities.mul_(-logprob_slopes[:, None]).sub_(through)
+
+
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """Return total + a · b in the type of ``like``, without a tensor of its size in between where the types agree."""
+    if total is None:
+        return (a @ b).to(like.dtype)
+    return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)
 
 
 def _logits(hidden: Tensor, matrix: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    return scaled(linear(hidden.to(matrix.dtype), matrix, None if bias is None else bias.to(matrix.dtype)), temperature)
+    product = linear(hidden.to(matrix.dtype), matrix, None if bias is None else bias.to(matrix.dtype))
+    return _scaled(product, temperature)

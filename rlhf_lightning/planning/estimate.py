@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 from rlhf_lightning.algorithm.critics import SeparateCritic, TrunkCritic
 from rlhf_lightning.data.collate import PairBatch
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.lm_head import CHUNK
+from rlhf_lightning.models.lm_head import CHUNK, KEEP
 from rlhf_lightning.models.loading import load_config
 from rlhf_lightning.modules.base import ModelModule
 from rlhf_lightning.modules.ppo import PPOModule
@@ -108,8 +108,9 @@ def _iteration(module: PPOModule, data: Any, setting: Setting) -> list[Phase]:
     machine = setting.machine
     rollout.seconds = _decoding(policy, load_config(module.model_name), rows, response, length, setting)
     score.seconds = (passes * sum(t.flops for t in (*trained, reference, *rewards)) + 2 * head) / machine.flops
-    recomputed = 4 if in_pass * response * policy.embedding / policy.hidden > 2 * CHUNK else 3
-    flops = passes * 3 * sum(each.flops for each in trained) + recomputed * head
+    logits = in_pass * response * policy.embedding / policy.hidden
+    recomputed = max(0.0, 1 - KEEP / logits)
+    flops = passes * 3 * sum(each.flops for each in trained) + (3 + recomputed) * head
     steps = module.ppo_epochs * rows // minibatch
     update.seconds = module.ppo_epochs * flops / machine.flops + steps * _optimizer_step(trained, setting)
     return [rollout, score, update]
@@ -162,7 +163,8 @@ def _gradients(trained: list[Trace], setting: Setting) -> dict[str, float]:
 
 def _head(model: Trace, tokens: int) -> float:
     logits = tokens * model.embedding // model.hidden
-    return 4.0 * _HEAD_TENSORS * (logits if logits <= 2 * CHUNK else CHUNK)
+    at_once = min(logits, KEEP)
+    return 4.0 * (at_once + min(logits - at_once, CHUNK) + (_HEAD_TENSORS - 1) * min(logits, CHUNK))
 
 
 def _sampling(module: PPOModule, policy: Trace, rows: int, length: int, setting: Setting) -> dict[str, float]:

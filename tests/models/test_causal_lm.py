@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from rlhf_lightning.functional.sequences import SequenceBatch, pad_sequences
+from rlhf_lightning.models import lm_head
 from rlhf_lightning.models.causal_lm import head_is_plain, response_logprobs, response_pass
 from rlhf_lightning.models.loading import load_causal_lm
 
@@ -78,13 +80,21 @@ def test_the_same_family_without_its_cap_is_plain(make_model: Callable[..., PreT
     assert head_is_plain(make_model("gemma2", final_logit_softcapping=None))
 
 
-def test_the_head_skips_what_is_not_asked_for(family: str, make_model: Callable[..., PreTrainedModel]) -> None:
+def test_the_head_skips_what_is_not_asked_for(
+    family: str, make_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model(family)
     head_is_plain(model)  # the trial would be counted too
     rows = []
     model.get_output_embeddings().register_forward_hook(
         lambda module, inputs, output: rows.append(output.numel() // output.shape[-1])
     )
+
+    def counted(hidden: Tensor, *rest: Any) -> Tensor:
+        rows.append(len(hidden))
+        return torch.nn.functional.linear(hidden, *rest)
+
+    monkeypatch.setattr(lm_head, "linear", counted)
     with torch.no_grad():
         response_logprobs(model, batch_of([([5] * 20, [6, 7]), ([5] * 19, [6])]))
     # Three response tokens; where the whole model must run, four positions of two rows: those from column 18 on.

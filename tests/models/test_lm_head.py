@@ -1,4 +1,4 @@
-"""The head in chunks says and teaches what the head at once does, and never holds all logits."""
+"""The fused head says and teaches what autograd does with all logits, kept or computed again, and never holds more."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rlhf_lightning.models import lm_head
 from rlhf_lightning.models.lm_head import HeadOutput, head_logprobs
 
 TOKENS, HIDDEN, VOCABULARY = 13, 5, 7
@@ -32,31 +33,79 @@ def slopes(head: nn.Linear, hidden: Tensor, output: HeadOutput) -> list[Tensor]:
     return list(torch.autograd.grad(total, [hidden, *head.parameters()]))
 
 
-@pytest.mark.parametrize("chunk", [1, VOCABULARY, 3 * VOCABULARY + 2])
+def plain(head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float = 1.0) -> HeadOutput:
+    """Return what the definition gives, all logits at once."""
+    logprobs = (head(hidden).float() / temperature).log_softmax(dim=-1)
+    chosen = logprobs.gather(1, tokens[:, None]).squeeze(1)
+    return HeadOutput(chosen, -(logprobs.exp() * logprobs).sum(dim=-1))
+
+
+#: All kept; a part kept, the rest in chunks of two rows; none kept, in chunks of one row, of three and of all.
+LIMITS = [(10**9, 1), (5 * VOCABULARY + 3, 2 * VOCABULARY), (0, 1), (0, 3 * VOCABULARY + 2), (6, 10**9)]
+
+
+@pytest.mark.parametrize(("keep", "chunk"), LIMITS)
+@pytest.mark.parametrize("tile", [1, 10**6])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("entropy", [{}, {"with_entropy": True}, {"with_entropy": True, "entropy_gradient": True}])
 @pytest.mark.parametrize("bias", [True, False])
-def test_chunks_change_neither_values_nor_gradients(
-    chunk: int, temperature: float, entropy: dict[str, bool], bias: bool
+def test_values_and_gradients_are_those_of_all_logits(
+    monkeypatch: pytest.MonkeyPatch,
+    keep: int,
+    chunk: int,
+    tile: int,
+    temperature: float,
+    entropy: dict[str, bool],
+    bias: bool,
 ) -> None:
+    monkeypatch.setattr(lm_head, "_TILE", tile)
     head, hidden, tokens = made(torch.float32, bias)
-    whole, parts = (
-        head_logprobs(head, hidden, tokens, temperature=temperature, chunk=size, **entropy) for size in (10**9, chunk)
-    )
-    torch.testing.assert_close(parts.logprobs, whole.logprobs, rtol=1e-5, atol=1e-5)
-    assert (parts.entropy is None) == (whole.entropy is None) == (not entropy)
-    if whole.entropy is not None and parts.entropy is not None:
-        torch.testing.assert_close(parts.entropy, whole.entropy, rtol=1e-5, atol=1e-5)
-        assert parts.entropy.requires_grad == whole.entropy.requires_grad == ("entropy_gradient" in entropy)
-    for found, expected in zip(slopes(head, hidden, parts), slopes(head, hidden, whole), strict=True):
-        assert (found - expected).norm() <= 1e-5 * expected.norm()
+    whole = plain(head, hidden, tokens, temperature)
+    found = head_logprobs(head, hidden, tokens, temperature=temperature, keep=keep, chunk=chunk, **entropy)
+    torch.testing.assert_close(found.logprobs, whole.logprobs, rtol=1e-5, atol=1e-5)
+    assert (found.entropy is None) == (not entropy)
+    if found.entropy is not None:
+        torch.testing.assert_close(found.entropy, whole.entropy, rtol=1e-5, atol=1e-5)
+        assert found.entropy.requires_grad == ("entropy_gradient" in entropy)
+    if "entropy_gradient" not in entropy:
+        whole = whole._replace(entropy=None)
+    for one, other in zip(slopes(head, hidden, found), slopes(head, hidden, whole), strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+def test_far_apart_logits_neither_overflow_nor_vanish() -> None:
+    """Some probabilities round to 0, whose logarithm must not spoil the entropy or its gradient."""
+    head, hidden, tokens = made(torch.float32)
+    found, whole = (f(head, 300 * hidden, tokens) for f in (_with_entropy, plain))
+    assert (whole.logprobs.exp() == 0).any()
+    torch.testing.assert_close(found.logprobs, whole.logprobs, rtol=1e-5, atol=1e-4)
+    for one, other in zip(
+        slopes(head, hidden, found), slopes(head, hidden, plain(head, 300 * hidden, tokens)), strict=True
+    ):
+        assert torch.isfinite(one).all()
+        assert (one - other).norm() <= 1e-4 * other.norm()
+
+
+def _with_entropy(head: nn.Linear, hidden: Tensor, tokens: Tensor) -> HeadOutput:
+    return head_logprobs(head, hidden, tokens, with_entropy=True, entropy_gradient=True)
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    """The kept probabilities have become slopes; other gradients must not come in silence."""
+    head, hidden, tokens = made(torch.float32)
+    logprobs = head_logprobs(head, hidden, tokens).logprobs
+    logprobs.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logprobs.sum().backward()
 
 
 def test_gradients_match_finite_differences() -> None:
     head, hidden, tokens = made(bias=True)
 
     def function(*tensors: Tensor) -> Any:
-        return head_logprobs(_Given(tensors[1], tensors[2]), tensors[0], tokens, temperature=0.7, chunk=20).logprobs
+        return head_logprobs(
+            _Given(tensors[1], tensors[2]), tensors[0], tokens, temperature=0.7, keep=0, chunk=20
+        ).logprobs
 
     # The results are float32 by contract, so the step is coarse and the tolerance with it.
     inputs = [hidden, *(parameter.detach().clone().requires_grad_() for parameter in head.parameters())]
@@ -87,22 +136,22 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("entropy_gradient", [False, True])
-def test_no_tensor_holds_all_logits_forwards_or_backwards(entropy_gradient: bool) -> None:
+@pytest.mark.parametrize("kept", [0, 6])
+def test_no_tensor_holds_all_logits_forwards_or_backwards(entropy_gradient: bool, kept: int) -> None:
     head, tokens = nn.Linear(4, 50), torch.arange(40)
     hidden = torch.randn(40, 4, requires_grad=True)
+    limits = {"keep": kept * 50, "chunk": 5 * 50}
     with Largest() as seen:
-        output = head_logprobs(head, hidden, tokens, with_entropy=True, entropy_gradient=entropy_gradient, chunk=5 * 50)
+        output = head_logprobs(head, hidden, tokens, with_entropy=True, entropy_gradient=entropy_gradient, **limits)
         (output.logprobs.sum() + output.entropy.sum() * entropy_gradient).backward()  # type: ignore[union-attr]
-    assert seen.size == 5 * 50  # a chunk of five rows; the weight has 200 numbers, all logits 2,000
-    with Largest() as seen:
-        head_logprobs(head, hidden, tokens).logprobs.sum().backward()
-    assert seen.size == 40 * 50
+    assert seen.size == max(kept, 5) * 50  # so many rows; the weight has 200 numbers, all logits 2,000
 
 
 def test_under_autocast_chunks_compute_in_its_type() -> None:
     head, hidden, tokens = made(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        whole, parts = (head_logprobs(head, hidden, tokens, chunk=size) for size in (10**9, 20))
+        whole = plain(head, hidden, tokens)._replace(entropy=None)
+        parts = head_logprobs(head, hidden, tokens, keep=20, chunk=20)
     exact = head_logprobs(head, hidden, tokens)
     torch.testing.assert_close(parts.logprobs, whole.logprobs, rtol=1e-6, atol=1e-6)
     assert (parts.logprobs - exact.logprobs).abs().max() > 1e-3
