@@ -18,6 +18,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.models.export import CHECKPOINT_KEY, pack_model, write_model_folder
 from rlhf_lightning.models.loading import load_config, load_tokenizer
+from rlhf_lightning.models.packed import checkpoint_trained_models
 from rlhf_lightning.modules.data_checks import check_batch, check_data
 from rlhf_lightning.modules.restarts import count_begun_epoch
 
@@ -40,6 +41,8 @@ class ModelModule(LightningModule):
     batch_type: type
     #: Whether it makes use of how much better the chosen response of a pair is.
     uses_margins = False
+    #: Whether activations are computed again backwards.
+    gradient_checkpointing = False
     #: Where the exported model's weights stand in the state dict.
     export_prefix: str
 
@@ -91,7 +94,9 @@ class ModelModule(LightningModule):
             warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode")
 
     def on_fit_start(self) -> None:
-        """Say where steps will be lost in the weights' rounding."""
+        """Set up the checkpointing of activations, and say where steps will be lost in the weights' rounding."""
+        if self.gradient_checkpointing:
+            checkpoint_trained_models(self)
         if str(self.trainer.precision) in ("bf16-true", "16-true"):
             log.warning(
                 "trainer.precision is %s: weights of so few digits round small steps to nothing (AdamW's at 1e-6 move "

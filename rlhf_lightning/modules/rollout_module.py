@@ -119,6 +119,8 @@ class RolloutModule(ModelModule):
             The samples, and prompts and responses together as a ``SequenceBatch``.
         """
         self._prepare_sampler()
+        training = self.policy.training
+        self.policy.eval()  # in train mode one whose activations are checkpointed takes no cache
         with torch.autocast(self.device.type, enabled=False):
             samples = self.sampler.sample(
                 batch.input_ids,
@@ -130,6 +132,7 @@ class RolloutModule(ModelModule):
                 progress=self._phase(report),
                 stop_strings=self.stop_strings,
             )
+        self.policy.train(training)
         return samples, SequenceBatch.join(batch.input_ids, batch.attention_mask, samples.tokens, samples.lengths)
 
     def score(

@@ -87,7 +87,7 @@ def _iteration(module: PPOModule, data: Any, setting: Setting) -> list[Phase]:
     in_pass = _rows_of_a_pass(module.max_tokens_per_microbatch, minibatch, length)
 
     def of(name: str, scalar: bool) -> Trace:
-        return trace(load_config(name), scalar=scalar, rows=in_pass, length=length, mixed=setting.mixed)
+        return _trace(load_config(name), scalar, module, in_pass, length, setting)
 
     policy, reference = of(module.model_name, False), of(module.reference_name or module.model_name, False)
     separate = module.critic if isinstance(module.critic, SeparateCritic) else None
@@ -108,9 +108,8 @@ def _iteration(module: PPOModule, data: Any, setting: Setting) -> list[Phase]:
     machine = setting.machine
     rollout.seconds = _decoding(policy, load_config(module.model_name), rows, response, length, setting)
     score.seconds = (passes * sum(t.flops for t in (*trained, reference, *rewards)) + 2 * head) / machine.flops
-    logits = in_pass * response * policy.embedding / policy.hidden
-    recomputed = max(0.0, 1 - KEEP / logits)
-    flops = passes * 3 * sum(each.flops for each in trained) + (3 + recomputed) * head
+    flops = passes * _passes(module) * sum(each.flops for each in trained)
+    flops += _head_passes(policy, in_pass * response) * head
     steps = module.ppo_epochs * rows // minibatch
     update.seconds = module.ppo_epochs * flops / machine.flops + steps * _optimizer_step(trained, setting)
     return [rollout, score, update]
@@ -123,7 +122,7 @@ def _step(module: SFTModule | ScoringModule | ReferenceModule, data: Any, settin
     scalar = isinstance(module, ScoringModule)
 
     def of(config: PretrainedConfig) -> Trace:
-        return trace(config, scalar=scalar, rows=in_pass, length=data.max_length, mixed=setting.mixed)
+        return _trace(config, scalar, module, in_pass, data.max_length, setting)
 
     model, frozen = of(module.start_config()), list[Trace]()
     leaves = getattr(module, "reference_cache", None) is not None
@@ -133,10 +132,28 @@ def _step(module: SFTModule | ScoringModule | ReferenceModule, data: Any, settin
     phase.parts["activations"] = model.kept
     head = 0 if scalar else data.max_length
     phase.parts["vocabulary head"] = _head(model, in_pass * head)
-    passes = 3 * model.flops + sum(each.flops for each in frozen)
-    flops = rows / in_pass * passes + (8.0 + 2 * len(frozen)) * rows * head * model.embedding
+    passes = _passes(module) * model.flops + sum(each.flops for each in frozen)
+    head_passes = _head_passes(model, in_pass * head) + len(frozen)
+    flops = rows / in_pass * passes + 2.0 * head_passes * rows * head * model.embedding
     phase.seconds = flops / setting.machine.flops + _optimizer_step([model], setting)
     return phase
+
+
+def _trace(
+    config: PretrainedConfig, scalar: bool, module: ModelModule, rows: int, length: int, setting: Setting
+) -> Trace:
+    checkpointed = module.gradient_checkpointing
+    return trace(config, scalar=scalar, rows=rows, length=length, mixed=setting.mixed, checkpointed=checkpointed)
+
+
+def _passes(module: ModelModule) -> int:
+    """Forward passes that a forward and a backward pass of a backbone cost; one more where it is computed again."""
+    return 4 if module.gradient_checkpointing else 3
+
+
+def _head_passes(model: Trace, tokens: int) -> float:
+    """Products of head and hidden states that both cost, the share that is computed again counted twice."""
+    return 3 + max(0.0, 1 - KEEP / max(1.0, tokens * model.embedding / model.hidden))
 
 
 def _rows_of_a_pass(budget: int, rows: int, length: int, sides: int = 1) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.models.packed import Layout, attending_apart
+from rlhf_lightning.models.packed import Layout, attending_apart, checkpoint_activations
 from rlhf_lightning.rollout.linear import SMALLEST
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ class Trace:
     flops: float
 
 
-def trace(config: "PretrainedConfig", *, scalar: bool, rows: int, length: int, mixed: bool) -> Trace:
+def trace(
+    config: "PretrainedConfig", *, scalar: bool, rows: int, length: int, mixed: bool, checkpointed: bool = False
+) -> Trace:
     """Run a model's backbone on fake tensors: nothing is loaded, allocated or computed.
 
     Args:
@@ -47,37 +49,31 @@ def trace(config: "PretrainedConfig", *, scalar: bool, rows: int, length: int, m
         rows: Sequences of the pass.
         length: Tokens of each.
         mixed: True for bf16-mixed, False for float32.
+        checkpointed: Whether activations are computed again backwards, one layer at a time.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     factory = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []  # what lies in a storage that is freed could share its number with a later one
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
-        alive.append(tensor)
-        return tensor
-
-    with FakeTensorMode(), torch.device("cpu"), FlopCounterMode(display=False) as counter:
-        model: Any = factory.from_config(config, dtype=torch.float32)
+    layers = int(getattr(config, "num_hidden_layers", 0))
+    with FakeTensorMode(), torch.device("cpu"):
+        model: Any = factory.from_config(config, dtype=torch.float32).train()
         ids = torch.zeros(rows, length, dtype=torch.int64)
-        precision = torch.autocast("cpu", torch.bfloat16) if mixed else contextlib.nullcontext()
-        with torch.autograd.graph.saved_tensors_hooks(keep, _same), precision:
-            _run(model, ids)
-    for parameter in model.parameters():
-        kept.pop(parameter.untyped_storage()._cdata, None)
+        with torch.autocast("cpu", torch.bfloat16) if mixed else contextlib.nullcontext():
+            with FlopCounterMode(display=False) as counter:
+                kept = _kept(model, ids)
+            if checkpointed:
+                checkpoint_activations(model)
+                kept = _kept(model, ids) + kept // max(1, layers)
     embedding = model.get_input_embeddings().weight
     return Trace(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         linear=sum(m.weight.numel() for m in model.modules() if type(m) is nn.Linear and m.weight.numel() >= SMALLEST),
         embedding=embedding.numel(),
         hidden=embedding.shape[1],
-        layers=int(getattr(config, "num_hidden_layers", 0)),
-        kept=sum(kept.values()),
+        layers=layers,
+        kept=kept,
         flops=float(counter.get_total_flops()),
     )
 
@@ -97,6 +93,24 @@ def optimizer_bytes(factory: Callable[[list[nn.Parameter]], torch.optim.Optimize
     return sum(tensor.nbytes for tensor in tensors) / weight.numel()
 
 
+def _kept(model: Any, ids: Tensor) -> int:
+    """Return the bytes that a pass keeps for its backward pass, weights apart."""
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []  # what lies in a storage that is freed could share its number with a later one
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, _same):
+        _run(model, ids)
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage()._cdata, None)
+    return sum(kept.values())
+
+
 def _run(model: Any, ids: Tensor) -> None:
     """Run the backbone, packed where its attention is ``sdpa``: fake tensors would have transformers make a mask."""
     if model.config._attn_implementation != "sdpa":
@@ -104,7 +118,7 @@ def _run(model: Any, ids: Tensor) -> None:
         return
     rows, length = ids.shape
     positions = torch.arange(length).repeat(rows)[None]
-    with attending_apart(model.config, Layout([length] * rows)):
+    with attending_apart(model.config, Layout.of_sequences([length] * rows)):
         model.base_model(input_ids=ids.view(1, -1), position_ids=positions, use_cache=False)
 
 

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Llama4TextConfig, LlamaConfig, LlamaModel, MambaConfig, MambaModel, PreTrainedModel
 
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch, length_mask
 from rlhf_lightning.models import packed
-from rlhf_lightning.models.packed import hidden_states_at, packable
+from rlhf_lightning.models.loading import disable_dropout
+from rlhf_lightning.models.packed import Layout, checkpoint_trained_models, hidden_states_at, packable
 
 #: Longer and shorter than the sliding windows of four tokens, one of a single token, two alike.
 LENGTHS = torch.tensor([9, 1, 4, 4, 7])
@@ -50,6 +52,124 @@ def gradient(backbone: nn.Module, states: Tensor) -> Tensor:
     backbone.zero_grad()
     (torch.linspace(-1, 2, states.numel()).sin().view_as(states) * states).sum().backward()
     return torch.cat([p.grad.flatten() for p in backbone.parameters() if p.grad is not None])
+
+
+#: Prompts of one, three and five tokens; the second and third are shared by two and three rows, one of them windowed.
+SHARING = SequenceBatch(
+    torch.tensor(
+        [
+            [3, 4, 5, 6, 7, 8, 9, 10, 11],
+            [12, 13, 0, 0, 0, 0, 0, 0, 0],
+            [3, 4, 5, 6, 7, 14, 15, 0, 0],
+            [20, 21, 22, 23, 0, 0, 0, 0, 0],
+            [3, 4, 5, 6, 7, 16, 17, 18, 19],
+            [20, 21, 22, 24, 25, 26, 0, 0, 0],
+        ]
+    ),
+    torch.tensor([5, 1, 5, 3, 5, 3]),
+    torch.tensor([4, 1, 2, 1, 4, 3]),
+)
+
+
+def tokens_of_each_pass(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that takes the number of tokens of each packed pass."""
+    tokens: list[int] = []
+    before = packed._packed
+
+    def noted(backbone: Any, ids: Tensor, layout: Layout) -> Tensor:
+        tokens.append(sum(layout.lengths))
+        return before(backbone, ids, layout)
+
+    monkeypatch.setattr(packed, "_packed", noted)
+    return tokens
+
+
+def test_a_prompt_that_several_share_is_computed_once(
+    family: str, make_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = make_model(family).base_model
+    if not packable(backbone):
+        pytest.skip(f"{family} is padded")
+    rows, columns = length_mask(SHARING.lengths).nonzero(as_tuple=True)
+    tokens = tokens_of_each_pass(monkeypatch)
+    shared = hidden_states_at(backbone, SHARING, rows, columns)
+    monkeypatch.setattr(packed, "_WORTH_SHARING", 1.0)
+    apart = hidden_states_at(backbone, SHARING, rows, columns)
+    total = int(SHARING.lengths.sum())
+    assert tokens == [total - 2 * 5 - 3, total]
+    torch.testing.assert_close(shared, apart, atol=2e-5, rtol=1e-5)
+    expected = gradient(backbone, apart)
+    assert (gradient(backbone, shared) - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_what_is_too_little_is_not_shared(
+    make_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first token that all rows have, as running text has its BOS, is not worth a call a row."""
+    tokens = tokens_of_each_pass(monkeypatch)
+    ids = torch.arange(60).view(2, 30) % 30 + 3
+    ids[:, 0] = 1
+    batch = SequenceBatch(ids, torch.ones(2, dtype=torch.int64), torch.tensor([29, 20]))
+    hidden_states_at(make_model("llama").base_model, batch, torch.tensor([0]), torch.tensor([3]))
+    assert tokens[-1] == 30 + 21
+
+
+def test_an_empty_response_behind_a_shared_prompt(make_model: Callable[..., PreTrainedModel]) -> None:
+    backbone = make_model("llama").base_model
+    batch = SHARING._replace(response_lengths=torch.tensor([4, 1, 0, 1, 0, 3]))
+    rows, columns = length_mask(batch.lengths).nonzero(as_tuple=True)
+    every = hidden_states_at(backbone, batch, rows, columns)
+    alone = hidden_states_at(
+        backbone, batch.select(torch.tensor([4])), torch.zeros(5, dtype=torch.int64), columns[-11:-6]
+    )
+    torch.testing.assert_close(every[rows == 4], alone, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [BATCH, SHARING])
+def test_checkpointing_keeps_little_and_changes_no_bit(
+    family: str, make_model: Callable[..., PreTrainedModel], passes: list[bool], batch: SequenceBatch
+) -> None:
+    model = disable_dropout(make_model(family)).train()
+    backbone = model.base_model
+    can = packable(backbone)
+    rows, columns = length_mask(batch.lengths).nonzero(as_tuple=True)
+    results, kept = [], []
+    for checkpointed in (False, True):
+        if checkpointed:
+            checkpoint_trained_models(nn.ModuleList([model, make_model(family).requires_grad_(False)]))
+        assert packable(backbone) == can
+        passes.clear()
+        storages: dict[int, int] = {}
+
+        def keep(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            states = hidden_states_at(backbone, batch, rows, columns)
+        assert passes == [can]
+        weights = {parameter.untyped_storage().data_ptr() for parameter in backbone.parameters()}
+        kept.append(sum(size for place, size in storages.items() if place not in weights))
+        results.append((states.detach(), gradient(backbone, states)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert kept[1] < kept[0] / 2
+
+
+def test_a_frozen_model_is_not_checkpointed(make_model: Callable[..., PreTrainedModel]) -> None:
+    trained, frozen = make_model("llama"), make_model("llama").requires_grad_(False)
+    checkpoint_trained_models(nn.ModuleList([trained, frozen]))
+    states = [[getattr(m, "gradient_checkpointing", False) for m in model.modules()] for model in (trained, frozen)]
+    assert [any(each) for each in states] == [True, False]
+
+
+def test_a_family_that_cannot_be_checkpointed_is_named(
+    make_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama")
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    with pytest.raises(UserError, match="gradient_checkpointing is true, but transformers' LlamaForCausalLM cannot"):
+        checkpoint_trained_models(nn.ModuleList([model]))
 
 
 @pytest.mark.parametrize("device_form", ["cpu", "other"])

@@ -115,6 +115,32 @@ def test_the_gradient_is_that_of_the_whole_batch(
     assert (cut - whole).norm() <= 1e-5 * whole.norm()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_changes_no_bit(
+    kind: Any,
+    language_model: str,
+    trainer: Callable[..., Trainer],
+    weights: Callable[[LightningModule], dict[str, Tensor]],
+) -> None:
+    results, computed_again = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        module = kind(language_model, gradient_checkpointing=checkpointing, optimizer=sgd)
+        module.configure_model()
+        again: list[bool] = []
+        for part in module.modules():
+            if type(part).__name__ == "LlamaMLP" and next(part.parameters()).requires_grad:
+                part.register_forward_pre_hook(
+                    lambda *_, again=again: again.append(torch._C._current_graph_task_id() != -1)
+                )
+        trainer(max_steps=2).fit(module, batches(kind, 4))
+        computed_again.append(any(again))
+        results.append(weights(module))
+    assert computed_again == [False, True]
+    for name, tensor in results[0].items():
+        assert torch.equal(results[1][name], tensor)
+
+
 def test_in_bf16_mixed_the_parts_go_backwards_too(
     language_model: str, trainer: Callable[..., Trainer], weights: Callable[[LightningModule], dict[str, Tensor]]
 ) -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rlhf_lightning.algorithm.critics import SeparateCritic
+from rlhf_lightning.algorithm.critics import Critic, SeparateCritic, TrunkCritic
 from rlhf_lightning.algorithm.experience import Experience
 from rlhf_lightning.algorithm.kl import AdaptiveKL, FixedKL
 from rlhf_lightning.algorithm.objectives import ClippedObjective
@@ -222,6 +222,26 @@ def test_max_tokens_per_microbatch_changes_no_result(
     for other in results[1:]:
         for name, tensor in results[0].items():
             torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("critic", [SeparateCritic, TrunkCritic])
+def test_checkpointing_changes_no_bit(
+    ppo: MakePPO, prompts: MakePrompts, trainer: MakeTrainer, weights: Weights, critic: type[Critic]
+) -> None:
+    """Responses included, which a model in train mode could not decode with its activations checkpointed."""
+    results, responses = [], []
+    for checkpointing in (False, True):
+        module = ppo(critic=critic(), gradient_checkpointing=checkpointing)
+        trainer(max_steps=2).fit(module, datamodule=prompts(8))
+        networks = [module.policy, *([module.critic] if critic is SeparateCritic else [])]
+        flags = [any(getattr(m, "gradient_checkpointing", False) for m in net.modules()) for net in networks]
+        assert set(flags) == {checkpointing}
+        assert module.policy.training
+        results.append(weights(module))
+        responses.append([row["response"] for row in module.samples])
+    assert responses[0] == responses[1]
+    for name, tensor in results[0].items():
+        assert torch.equal(results[1][name], tensor)
 
 
 @pytest.mark.parametrize(("max_grad_norm", "steps"), [(1e-3, True), (None, False)])

@@ -16,7 +16,7 @@ from rlhf_lightning.data.preferences import PreferenceDataModule
 from rlhf_lightning.data.prompts import PromptDataModule
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.loading import load_tokenizer
-from rlhf_lightning.models.packed import Layout, _packed
+from rlhf_lightning.models.packed import Layout, _packed, checkpoint_activations
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.modules.reward import RewardModule
@@ -53,9 +53,8 @@ def kept_by_a_real_pass(model: Any, rows: int, length: int) -> int:
         sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    lengths = torch.full((rows,), length)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        _packed(model.base_model, torch.zeros(rows, length, dtype=torch.int64), Layout(lengths.tolist()))
+        _packed(model.base_model, torch.zeros(rows, length, dtype=torch.int64), Layout.of_sequences([length] * rows))
     for parameter in model.parameters():
         sizes.pop(parameter.untyped_storage().data_ptr(), None)
     return sum(sizes.values())
@@ -68,6 +67,11 @@ def test_a_trace_is_what_a_real_pass_keeps(name: str, make_model: Callable[..., 
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert found.kept == pytest.approx(kept_by_a_real_pass(model, 3, 20), rel=0.01)
     assert found.flops > 2 * 60 * 16 * 16
+    checkpoint_activations(model)
+    layers = model.config.num_hidden_layers
+    fewer = trace(model.config, scalar=False, rows=3, length=20, mixed=False, checkpointed=True)
+    assert fewer.kept == pytest.approx(kept_by_a_real_pass(model, 3, 20) + found.kept / layers, rel=0.02)
+    assert fewer.kept < found.kept
 
 
 def test_what_cannot_be_packed_is_traced_too(make_model: Callable[..., PreTrainedModel]) -> None:
