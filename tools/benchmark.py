@@ -13,8 +13,9 @@ FOLDER holds a config.json of a Llama and a tokenizer; weights are random and so
 rows of a micro-batch in its update. Sides take turns within one process, iteration by iteration, the first of each
 counting for nothing; ratios are those of the first side's seconds over another's in the same round. Clock: CPU seconds
 of the process on a processor, which other jobs on the machine disturb least (``--clock wall`` for wall time, which is
-what a GPU gets). Memory: each side once more, alone in a process of its own, as the largest resident size, or on a GPU
-the most that its allocator held.
+what a GPU gets). Floor: what the bare matrix products of scoring and update take, of the same sizes and in the same
+rounds; a side's ratio to it says how much is left to be gained. Memory: each side once more, alone in a process of its
+own, as the largest resident size, or on a GPU the most that its allocator held.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 PHASES = ("iteration", "generation", "scoring", "update")
 
@@ -73,8 +75,9 @@ def main() -> None:
         models = Path(folder)
         parameters = write_models(options, models)
         seconds, lengths = run_turns(options, models)
+        floors = seconds.pop("floor", [])
         peaks = {} if options.no_memory else {side: measure_memory(side, models) for side in options.sides}
-    report(options, parameters, seconds, lengths, peaks)
+    report(options, parameters, seconds, lengths, peaks, floors)
 
 
 def write_models(options: argparse.Namespace, models: Path) -> int:
@@ -124,8 +127,12 @@ def stop_at_about(policy: object, eos: int, mean_length: int) -> None:
 
 
 def run_turns(options: argparse.Namespace, models: Path) -> tuple[dict[str, list[dict[str, float]]], dict[str, float]]:
-    """Train all sides in turns; return the seconds of each round's phases, and the mean length of responses."""
+    """Train all sides in turns; return the seconds of each round's phases, and the mean length of responses.
+
+    Beside the sides stands ``floor``, where there is one.
+    """
     import torch
+    from benchmark_floor import Floor  # type: ignore[import-not-found]
 
     torch.set_num_threads(options.threads)
     if options.work == "ppo":
@@ -143,12 +150,17 @@ def run_turns(options: argparse.Namespace, models: Path) -> tuple[dict[str, list
         sides[named] = KINDS[name](options, int(rows or options.batch), models, data, read_clock(options))
         sides[named].start()
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    floor = Floor(models, options, read_clock(options)) if options.work == "ppo" and not options.models else None
+    if floor is not None:
+        seconds["floor"] = []
     for number in range(options.rounds + 1):
         for name, side in sides.items():
             phases = side.iterate()
             if number:
                 seconds[name].append(phases)
                 print(name, {phase: round(value, 2) for phase, value in phases.items()}, file=sys.stderr, flush=True)
+        if number and floor is not None:
+            seconds["floor"].append(floor.measure(next(float(side.lengths[-1]) for side in sides.values())))
     return seconds, {name: statistics.mean(map(float, side.lengths)) for name, side in sides.items() if side.lengths}
 
 
@@ -212,32 +224,46 @@ def report(
     seconds: dict[str, list[dict[str, float]]],
     lengths: dict[str, float],
     peaks: dict[str, float],
+    floors: list[dict[str, float]],
 ) -> None:
     """Print a table, and write the same as JSON."""
-    first = options.sides[0]
     phases = PHASES if options.work == "ppo" else ("iteration",)
     tokens = f"{options.prompt} + {options.response}" if options.work == "ppo" else f"at most {options.max_length}"
     print(f"{options.work}: {parameters:,} parameters, batch {options.batch}, {tokens} tokens, seconds: ratio (range)")
-    print(f"{'':14}" + "".join(f"{phase:>30}" for phase in phases) + f"{'mean length':>14}{'MiB':>8}")
-    rows = {}
+    print(f"{'':14}" + "".join(f"{each:>30}" for each in phases) + f"{'mean length':>14}{'tokens/s':>10}{'MiB':>8}")
+    rows: dict[str, dict[str, Any]] = {}
     for name, rounds in seconds.items():
-        cells: list[str] = []
-        row: dict[str, object] = {"rounds": rounds, "mean_length": lengths.get(name), "peak_mib": peaks.get(name)}
-        for phase in phases:
-            values = [taken[phase] for taken in rounds]
-            ratios = [base[phase] / value for base, value in zip(seconds[first], values, strict=True)]
-            median, ratio = statistics.median(values), statistics.median(ratios)
-            cells.append(f"{median:.2f}: {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-            row[phase] = {"median": median, "ratio": ratio, "least": min(ratios), "most": max(ratios)}
-        rows[name] = row
-        memory = f"{peaks[name]:8.0f}" if name in peaks else f"{'-':>8}"
-        length = f"{lengths[name]:14.1f}" if name in lengths else f"{'-':>14}"
-        print(f"{name:14}" + "".join(f"{cell:>30}" for cell in cells) + length + memory)
+        row = rows[name] = {"rounds": rounds, "mean_length": lengths.get(name), "peak_mib": peaks.get(name)}
+        row |= {phase: ratios(seconds[options.sides[0]], rounds, phase) for phase in phases}
+        if name in lengths:
+            row["response_tokens_per_second"] = options.batch * lengths[name] / row["iteration"]["median"]
+        print(f"{name:14}" + "".join(cell_of(row[phase]) for phase in phases), end="")
+        figures = (("mean_length", 14, 1), ("response_tokens_per_second", 10, 1), ("peak_mib", 8, 0))
+        known = ((row.get(key), width, digits) for key, width, digits in figures)
+        print("".join(f"{'-' if value is None else f'{value:.{digits}f}':>{width}}" for value, width, digits in known))
+    for phase in floors[0] if floors else ():
+        over = {name: ratios(rounds, floors, phase)["ratio"] for name, rounds in seconds.items()}
+        for name, ratio in over.items():
+            rows[name][f"{phase}_over_floor"] = ratio
+        told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in over.items())
+        print(f"floor of {phase}: {statistics.median(each[phase] for each in floors):.2f} s; times that: {told}")
     if options.output:
         versions = {name: version(name) for name in ("torch", "transformers", "lightning", "trl")}
         machine = {"processor": platform.processor() or platform.machine(), "versions": versions}
-        result = {"options": vars(options), "parameters": parameters, **machine, "sides": rows}
+        result = {"options": vars(options), "parameters": parameters, **machine, "floor": floors, "sides": rows}
         Path(options.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def ratios(first: list[dict[str, float]], rounds: list[dict[str, float]], phase: str) -> dict[str, float]:
+    """Return the median seconds of a phase, and median, least and most of what the first side took over it."""
+    found = [base[phase] / taken[phase] for base, taken in zip(first, rounds, strict=True)]
+    median = statistics.median(taken[phase] for taken in rounds)
+    return {"median": median, "ratio": statistics.median(found), "least": min(found), "most": max(found)}
+
+
+def cell_of(figures: dict[str, float]) -> str:
+    """Return the figures of a phase as a cell of the table."""
+    return f"{'{median:.2f}: {ratio:.2f} ({least:.2f} to {most:.2f})'.format(**figures):>30}"
 
 
 if __name__ == "__main__":

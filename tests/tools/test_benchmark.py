@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -52,6 +53,10 @@ def test_our_side_makes_one_iteration_a_turn(
     start = time.process_time()
     seconds, lengths = tool.run_turns(options, tmp_path)
     spent = time.process_time() - start
+    floors = seconds.pop("floor")
+    assert [sorted(floor) for floor in floors] == [["scoring", "update"]] * 2
+    for floor, phases in zip(floors, seconds["ours:2"], strict=True):
+        assert all(0 < floor[phase] < phases[phase] for phase in floor)
     assert len(seconds["ours:2"]) == 2  # the first turn counts for nothing
     for phases in seconds["ours:2"]:
         parts = [phases[phase] for phase in tool.PHASES[1:]]
@@ -60,8 +65,11 @@ def test_our_side_makes_one_iteration_a_turn(
     assert sum(phases["iteration"] for phases in seconds["ours:2"]) < spent
     assert 1 <= lengths["ours:2"] <= 12
     capsys.readouterr()
-    tool.report(options, 1234, seconds, lengths, {"ours:2": 100.0})
+    tool.report(options, 1234, seconds, lengths, {"ours:2": 100.0}, floors)
     table = capsys.readouterr().out.splitlines()
+    expected = statistics.median(p["update"] / f["update"] for p, f in zip(seconds["ours:2"], floors, strict=True))
+    assert table[-1].startswith("floor of update: ")
+    assert table[-1].endswith(f"times that: ours:2 {expected:.2f}")
     assert table[0].startswith("ppo: 1,234 parameters, batch 4, 6 + 12 tokens")
     assert table[2].split()[2:4] == ["1.00", "(1.00"]
     assert table[2].endswith(" 100")
@@ -79,7 +87,7 @@ def test_our_side_learns_from_the_same_pairs_in_one_step_a_turn(
     assert [sorted(phases) for phases in seconds["ours:2"]] == [["iteration", "update"]] * 2
     assert not lengths
     capsys.readouterr()
-    tool.report(options, 1234, seconds, lengths, {})
+    tool.report(options, 1234, seconds, lengths, {}, [])
     table = capsys.readouterr().out.splitlines()
     assert table[0].startswith(f"{work}: 1,234 parameters, batch 4, at most 64 tokens")
     assert table[2].endswith("-")
