@@ -10,12 +10,13 @@ PPO against TRL 1.12, the last release that has it, the others against 1.16, eac
     bench/bin/python tools/benchmark.py --shape FOLDER --change hidden_size=192 num_hidden_layers=8 --critic trunk
 
 FOLDER holds a config.json of a Llama and a tokenizer; weights are random and so are prompts. A side is a name and the
-rows of a micro-batch in its update. Sides take turns within one process, iteration by iteration, the first of each
-counting for nothing; ratios are those of the first side's seconds over another's in the same round. Clock: CPU seconds
-of the process on a processor, which other jobs on the machine disturb least (``--clock wall`` for wall time, which is
-what a GPU gets). Floor: what the bare matrix products of scoring and update take, of the same sizes and in the same
-rounds; a side's ratio to it says how much is left to be gained. Memory: each side once more, alone in a process of its
-own, as the largest resident size, or on a GPU the most that its allocator held.
+rows of a micro-batch in its update, ours as many tokens as so many rows of full length have. Sides take turns within
+one process, iteration by iteration, the first of each counting for nothing; ratios are those of the first side's
+seconds over another's in the same round. Clock: CPU seconds of the process on a processor, which other jobs on the
+machine disturb least (``--clock wall`` for wall time, which is what a GPU gets). Floor: what the bare matrix products
+of scoring and update take, of the same sizes and in the same rounds; a side's ratio to it says how much is left to be
+gained. Memory: each side once more, alone in a process of its own, as the largest resident size, or on a GPU the most
+that its allocator held.
 """
 
 import argparse

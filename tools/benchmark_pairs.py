@@ -29,7 +29,9 @@ def read_pairs(options: argparse.Namespace, models: Path) -> list[list[PairExamp
 
 
 class OurPairs(Side):
-    """``RewardModule`` or ``DPOModule`` under a Lightning Trainer."""
+    """``RewardModule`` or ``DPOModule`` under a Lightning Trainer; a micro-batch has the tokens of its rows at most."""
+
+    checkpointing = False
 
     def train(self) -> None:
         """Make as many steps as there are rounds."""
@@ -38,24 +40,24 @@ class OurPairs(Side):
 
         from rlhf_lightning import DPOModule, RewardModule
 
-        side, cuts = self, self.options.batch // self.micro_batch
+        side = self
 
         class Turns(Callback):
-            def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-                if batch_idx % cuts == 0:
-                    side.halt()
+            def on_train_batch_start(self, *_: Any) -> None:
+                side.halt()
 
         def optimizer(params: Any) -> torch.optim.Optimizer:
             return torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0, fused=True)
 
-        module: Any
-        if self.options.work == "reward":
-            module = RewardModule(str(self.models / "reward"), optimizer=optimizer)
-        else:
-            module = DPOModule(str(self.models / "policy"), optimizer=optimizer)
-        parts = [rows[at : at + self.micro_batch] for rows in self.data for at in range(0, len(rows), self.micro_batch)]
-        batches: Any = [collate_pairs(part, pad_id=0) for part in parts]
-        trainer = Trainer(**trainer_settings(self.options, [Turns()], len(self.data)), accumulate_grad_batches=cuts)
+        kind, start = (RewardModule, "reward") if self.options.work == "reward" else (DPOModule, "policy")
+        module = kind(
+            str(self.models / start),
+            max_tokens_per_microbatch=self.micro_batch * self.options.max_length,
+            gradient_checkpointing=self.checkpointing,
+            optimizer=optimizer,
+        )
+        batches: Any = [collate_pairs(rows, pad_id=0) for rows in self.data]
+        trainer = Trainer(**trainer_settings(self.options, [Turns()], len(self.data)))
         trainer.fit(module, DataLoader(batches, batch_size=None))
 
 
@@ -128,10 +130,21 @@ class PeerPairs(Side):
         return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
 
 
+class OurCheckpointedPairs(OurPairs):
+    """The same with gradient checkpointing."""
+
+    checkpointing = True
+
+
 class CheckpointedPeerPairs(PeerPairs):
     """The same as TRL comes, with gradient checkpointing."""
 
     checkpointing = True
 
 
-PAIR_SIDES: dict[str, type[Side]] = {"ours": OurPairs, "trl": PeerPairs, "trl_default": CheckpointedPeerPairs}
+PAIR_SIDES: dict[str, type[Side]] = {
+    "ours": OurPairs,
+    "ours_checkpointed": OurCheckpointedPairs,
+    "trl": PeerPairs,
+    "trl_default": CheckpointedPeerPairs,
+}
