@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -76,6 +76,13 @@ class Layout:
         return rows.repeat_interleave(lengths), within + (firsts - begins).repeat_interleave(lengths)
 
 
+class Sharing(NamedTuple):
+    """For each row of a batch the first one that has the same prompt, and the first that is the same as a whole."""
+
+    prompts: list[int]
+    wholes: list[int]
+
+
 def hidden_states_at(backbone: Any, batch: SequenceBatch, rows: Tensor, columns: Tensor) -> Tensor:
     """Return the last hidden state at some positions, shape (positions, hidden).
 
@@ -89,41 +96,48 @@ def hidden_states_at(backbone: Any, batch: SequenceBatch, rows: Tensor, columns:
         columns: Its place among the real tokens of the row, shape (positions,), int64.
     """
     ids = batch.input_ids
-    owners = _prompt_owners(batch) if ids.device.type in _LOOPS_ON else None
-    full = owners is None and int(batch.lengths.sum()) == ids.numel()
+    sharing = _find_sharing(batch) if ids.device.type in _LOOPS_ON else None
+    full = sharing is None and int(batch.lengths.sum()) == ids.numel()
     if full or not packable(backbone):
         return _padded(backbone, ids)[rows, columns]
-    layout = _lay_out(batch, owners)
+    layout = _lay_out(batch, sharing)
     taken = layout.tokens(ids.device)
     places = torch.zeros_like(ids).index_put(taken, torch.arange(len(taken[0]), device=ids.device))
-    if owners is not None:
-        rows = torch.where(columns < batch.prompt_lengths[rows], torch.tensor(owners)[rows], rows)
+    if sharing is not None:
+        owners, wholes = (torch.tensor(each)[rows] for each in sharing)
+        rows = torch.where(columns < batch.prompt_lengths[rows], owners, wholes)
     return _packed(backbone, ids, layout)[places[rows, columns]]
 
 
-def _prompt_owners(batch: SequenceBatch) -> list[int] | None:
-    """Return for each row the first one that has its prompt; ``None`` where to share prompts would save too little."""
-    first: dict[tuple[int, ...], int] = {}
-    sizes = batch.prompt_lengths.tolist()
-    prompts = [tuple(ids[:size]) for ids, size in zip(batch.input_ids.tolist(), sizes, strict=True)]
-    owners = [first.setdefault(prompt, row) for row, prompt in enumerate(prompts)]
-    saved = sum(size for row, size in enumerate(sizes) if owners[row] != row)
-    return owners if saved > _WORTH_SHARING * int(batch.lengths.sum()) else None
+def _find_sharing(batch: SequenceBatch) -> Sharing | None:
+    """Find prompts and rows that come twice; ``None`` where no row does, and to share prompts would save too little."""
+    prompts: dict[tuple[int, ...], int] = {}
+    wholes: dict[tuple[int, ...], int] = {}
+    sizes, ends = batch.prompt_lengths.tolist(), batch.lengths.tolist()
+    sharing, saved = Sharing([], []), 0
+    for row, (ids, size, end) in enumerate(zip(batch.input_ids.tolist(), sizes, ends, strict=True)):
+        sharing.prompts.append(prompts.setdefault(tuple(ids[:size]), row))
+        sharing.wholes.append(wholes.setdefault((size, *ids[:end]), row))
+        saved += size if sharing.prompts[-1] != row else 0
+    twice = len(wholes) < len(sizes)  # then their scores tie, as those of equal sequences should
+    return sharing if twice or saved > _WORTH_SHARING * sum(ends) else None
 
 
-def _lay_out(batch: SequenceBatch, owners: list[int] | None) -> Layout:
-    """Lay out the rows of a batch in their order, each prompt at the first row that has it."""
-    layout, prompts = Layout(), dict[int, int]()
+def _lay_out(batch: SequenceBatch, sharing: Sharing | None) -> Layout:
+    """Lay out the rows of a batch in their order, each prompt and each response at the first row that has it."""
+    layout, pieces = Layout(), dict[int, int]()
+    rows = list(range(len(batch.lengths)))
+    owners, wholes = sharing or (rows, rows)
+    shared = {owner for row, owner in enumerate(owners) if owner != row}
     sizes = zip(batch.prompt_lengths.tolist(), batch.response_lengths.tolist(), strict=True)
-    shared = {owner for row, owner in enumerate(owners or []) if owner != row}
-    for row, (prompt, response) in enumerate(sizes):
-        owner = row if owners is None else owners[row]
+    for row, owner, whole, (prompt, response) in zip(rows, owners, wholes, sizes, strict=True):
         if owner not in shared:
             layout.add(row, 0, prompt + response)
             continue
         if owner == row:
-            prompts[row] = layout.add(row, 0, prompt)
-        layout.add(row, prompt, response, prompts[owner])
+            pieces[row] = layout.add(row, 0, prompt)
+        if whole == row:
+            layout.add(row, prompt, response, pieces[owner])
     return layout
 
 
@@ -214,8 +228,8 @@ def _probe(backbone: Any) -> bool:
     ids %= len(weight)
     prompts, responses = torch.tensor([[3, 1, 3], [4, 1, 2]], device=weight.device)
     batch = SequenceBatch(ids, prompts, responses)
-    owners = [0, 1, 0] if weight.device.type in _LOOPS_ON else None
-    layout = _lay_out(batch, owners)
+    sharing = Sharing([0, 1, 0], [0, 1, 2]) if weight.device.type in _LOOPS_ON else None
+    layout = _lay_out(batch, sharing)
     rows, columns = layout.tokens(ids.device)
     training = backbone.training
     backbone.eval()  # dropout would make two passes differ

@@ -39,7 +39,9 @@ class ScalarModel(nn.Module):
         hidden = hidden_states_at(self.model.base_model, batch, rows, columns)
         head = self.model.score
         with torch.autocast(hidden.device.type, enabled=False):  # bf16 scores would tie
-            return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
+            # Not as a matrix product, which rounds a row by where it stands: equal responses are to tie.
+            outputs = (hidden.to(head.weight.dtype) * head.weight[0]).sum(dim=-1)
+            return (outputs if head.bias is None else outputs + head.bias).float()
 
     def scores(self, batch: SequenceBatch) -> Tensor:
         """Return the score of each sequence, read at its last real token, shape (batch,), float32."""

@@ -102,6 +102,29 @@ def test_a_prompt_that_several_share_is_computed_once(
     assert (gradient(backbone, shared) - expected).norm() <= 1e-5 * expected.norm()
 
 
+def test_a_row_that_comes_twice_gives_the_same_bits(
+    make_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere in a packed row it may round otherwise, and a tie be none; an equal text split otherwise is another."""
+    tokens = tokens_of_each_pass(monkeypatch)
+    backbone = make_model("llama").base_model
+    ids = torch.randint(3, 30, (6, 9), generator=torch.Generator().manual_seed(0))
+    ids[4], ids[5] = ids[1], ids[2]
+    lengths = torch.tensor([9, 7, 5, 8, 7, 5])
+    batch = SequenceBatch(ids, torch.tensor([2, 2, 2, 2, 2, 3]), lengths - torch.tensor([2, 2, 2, 2, 2, 3]))
+    monkeypatch.setattr(packed, "_WORTH_SHARING", 1.0)
+    rows = torch.arange(6)
+    last = hidden_states_at(backbone, batch, rows, lengths - 1)
+    assert torch.equal(last[1], last[4])
+    assert tokens[-1] == 9 + 7 + 5 + 8 + 5
+    monkeypatch.setattr(packed, "_find_sharing", lambda batch: None)
+    apart = hidden_states_at(backbone, batch, rows, lengths - 1)
+    assert tokens[-1] == int(lengths.sum())
+    torch.testing.assert_close(last, apart, atol=2e-5, rtol=1e-5)
+    expected = gradient(backbone, apart)
+    assert (gradient(backbone, last) - expected).norm() <= 1e-5 * expected.norm()
+
+
 def test_what_is_too_little_is_not_shared(
     make_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,20 @@ def test_padding_order_and_cut_change_nothing(make_model: Callable[..., PreTrain
     torch.testing.assert_close(scalar.values(single)[0], values[1, :1], atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_equal_responses_tie_wherever_they_stand(family: str, make_model: Callable[..., PreTrainedModel]) -> None:
+    """A matrix product rounds the last rows otherwise than the first."""
+    ids = torch.randint(3, 30, (12, 7), generator=torch.Generator().manual_seed(0))
+    ids[6:] = ids[:6]
+    lengths = torch.tensor([3, 4, 5, 5, 3, 1]).repeat(2)
+    scores = ScalarModel(make_model(family, scalar=True)).scores(
+        SequenceBatch(ids, torch.full_like(lengths, 2), lengths)
+    )
+    assert torch.equal(scores[:6], scores[6:])
+    assert len(scores.unique()) == 6
+
+
 def test_values_pass_gradients_from_real_tokens_alone(make_model: Callable[..., PreTrainedModel]) -> None:
     model = make_model("llama", scalar=True)
     scalar, batch = ScalarModel(model), batch_of(ROWS, pad_id=36)
