@@ -20,6 +20,7 @@ from rlhf_lightning.distributed import global_sum, world_size
 from rlhf_lightning.functional.losses import ValueLoss, token_mean_weights
 from rlhf_lightning.functional.sequences import token_groups
 from rlhf_lightning.models.causal_lm import ResponsePass, response_pass
+from rlhf_lightning.models.offload import OffloadedModels
 from rlhf_lightning.modules.manual import accumulating, clip_and_step, counted_as_one_step
 from rlhf_lightning.modules.ppo_checks import (
     check_configuration,
@@ -63,6 +64,8 @@ class PPOModule(RolloutModule):
             rounding alone, which bf16-mixed shows.
         gradient_checkpointing: True keeps of each layer its input alone and computes the rest again backwards: a third
             to a half more time in training passes, for a small part of their memory. Results stay the same.
+        offload_frozen: True lets reference and reward model leave memory while nothing is scored: from a GPU to the
+            host's memory, on a processor to a file in the run's folder. Results stay the same.
         max_grad_norm: Gradients are clipped to this common norm; ``null`` turns it off.
         optimizer: Called with the parameter groups ``policy`` and ``critic``.
         lr_scheduler: Called with the optimizer, stepped once an iteration; ``null`` keeps the learning rate.
@@ -89,6 +92,7 @@ class PPOModule(RolloutModule):
         minibatch_size: int = 4,
         max_tokens_per_microbatch: int = 2048,
         gradient_checkpointing: bool = False,
+        offload_frozen: bool = False,
         max_grad_norm: float | None = 1.0,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
             params, lr=1e-5, eps=1e-5, weight_decay=0.0, fused=True
@@ -117,7 +121,8 @@ class PPOModule(RolloutModule):
         self.policy_objective = policy_objective or ClippedObjective()
         self.value_objective = value_objective or ClippedValueObjective()
         self.ppo_epochs, self.minibatch_size, self.max_grad_norm = ppo_epochs, minibatch_size, max_grad_norm
-        self.gradient_checkpointing, self._self_checked = gradient_checkpointing, False
+        self.gradient_checkpointing, self.offload_frozen = gradient_checkpointing, offload_frozen
+        self._self_checked = False
 
     @property
     def warming_up(self) -> bool:
@@ -128,6 +133,8 @@ class PPOModule(RolloutModule):
         """Refuse what cannot work before time is spent on it."""
         super().on_fit_start()
         check_configuration(self)
+        if self.offload_frozen:
+            self._offloaded = OffloadedModels(self.frozen_modules().values(), self.trainer.default_root_dir)
         self._self_checked = False
         self.train()
 

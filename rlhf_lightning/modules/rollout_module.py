@@ -1,6 +1,7 @@
 """What a module needs whose policy answers prompts and is judged by a reward: sampling, scoring, evaluation."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from rlhf_lightning.distributed import global_sum
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch, token_groups
 from rlhf_lightning.models.loading import load_causal_lm, load_reference
+from rlhf_lightning.models.offload import OffloadedModels
 from rlhf_lightning.modules.base import ModelModule
 from rlhf_lightning.modules.ppo_report import rollout_metrics, sample_rows
 from rlhf_lightning.rollout.collect import Rollout, Scorers, score_samples
@@ -72,6 +74,7 @@ class RolloutModule(ModelModule):
         self.val_samples: list[dict[str, Any]] = []
         self._sampler_ready_for: tuple[torch.device, torch.dtype] | None = None
         self._rows_evaluated = 0
+        self._offloaded: OffloadedModels | None = None
 
     @property
     def exported_model(self) -> "PreTrainedModel":
@@ -156,17 +159,18 @@ class RolloutModule(ModelModule):
             report: Name under which the progress bar shows this phase.
         """
         critic = self.critic if self.trainer.training else None
-        return score_samples(
-            samples,
-            sequences=sequences,
-            groups=groups,
-            scorers=Scorers(self.policy, self.reference, critic, self.reward, self.sampling.temperature),
-            prompts=batch.prompts,
-            rows=batch.rows,
-            tokenizer=self.tokenizer,
-            group_size=batch.group_size,
-            progress=self._phase(report),
-        )
+        with self._frozen_at_hand():
+            return score_samples(
+                samples,
+                sequences=sequences,
+                groups=groups,
+                scorers=Scorers(self.policy, self.reference, critic, self.reward, self.sampling.temperature),
+                prompts=batch.prompts,
+                rows=batch.rows,
+                tokenizer=self.tokenizer,
+                group_size=batch.group_size,
+                progress=self._phase(report),
+            )
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Log score, KL and length of responses to held-out prompts; the draws are the same each time."""
@@ -196,6 +200,14 @@ class RolloutModule(ModelModule):
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Return prompt, response, score, KL and length of each row."""
         return sample_rows(self._evaluate(batch))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Have the frozen models at hand, of which a checkpoint holds a digest."""
+        with self._frozen_at_hand():
+            super().on_save_checkpoint(checkpoint)
+
+    def _frozen_at_hand(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._offloaded is None else self._offloaded.at_hand()
 
     def _evaluate(self, batch: PromptBatch) -> Rollout:
         seed, rows = derive_seed(run_seed(), "validation"), self._row_ids(batch, self._rows_evaluated)

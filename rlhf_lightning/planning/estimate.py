@@ -95,8 +95,10 @@ def _iteration(module: PPOModule, data: Any, setting: Setting) -> list[Phase]:
     rewards = [of(part.path, True) for part in module.reward.modules() if isinstance(part, RewardModel)]
     trained = [policy, *([critic] if critic else [])]
     always = _always(trained, [reference, *rewards], module, setting)
-    rollout, score = Phase("rollout", dict(always)), Phase("score", dict(always))
-    update = Phase("update", always | _gradients(trained, setting))
+    score = Phase("score", dict(always))
+    if module.offload_frozen:
+        always["frozen weights"] = 0.0
+    rollout, update = Phase("rollout", dict(always)), Phase("update", always | _gradients(trained, setting))
     # With one process the critic's pass begins when the policy's is over.
     together = setting.processes > 1 or isinstance(module.critic, TrunkCritic)
     update.parts["activations"] = (sum if together else max)(each.kept for each in trained)

@@ -244,6 +244,28 @@ def test_checkpointing_changes_no_bit(
         assert torch.equal(results[1][name], tensor)
 
 
+def test_offloaded_models_change_no_bit(
+    ppo: MakePPO, prompts: MakePrompts, trainer: MakeTrainer, weights: Weights, tmp_path: Path
+) -> None:
+    """A checkpoint on the way included, and a run that is taken up from it."""
+    results = []
+    for offload in (False, True):
+        module, folder = ppo(offload_frozen=offload), tmp_path / str(offload)
+        run = trainer(max_steps=2, default_root_dir=folder)
+        run.fit(module, datamodule=prompts(8))
+        run.save_checkpoint(folder / "two.ckpt")
+        assert [each.name for each in folder.iterdir() if "ckpt" not in each.name and each.is_file()] == []
+        again = ppo(offload_frozen=offload)
+        trainer(max_steps=3, default_root_dir=folder).fit(
+            again, datamodule=prompts(8), ckpt_path=folder / "two.ckpt", weights_only=True
+        )
+        mapped = [p.untyped_storage().data_ptr() for p in again.reference.parameters()]
+        assert (max(mapped) - min(mapped) < 2**20 and len(set(mapped)) == 1) == offload  # one storage: the file
+        results.append(weights(again))
+    for name, tensor in results[0].items():
+        assert torch.equal(results[1][name], tensor)
+
+
 @pytest.mark.parametrize(("max_grad_norm", "steps"), [(1e-3, True), (None, False)])
 def test_gradients_are_clipped_by_their_common_norm(
     ppo: MakePPO,
