@@ -1,6 +1,5 @@
 """Log-probabilities under a frozen model, computed once and kept on disk by what they were computed from."""
 
-import os
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -8,8 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch, length_mask
+from rlhf_lightning.models.tensor_files import make_folder, read_tensors, write_tensors
+
+_SETTING = "reference_cache"
 
 
 class LogprobCache:
@@ -26,10 +27,7 @@ class LogprobCache:
 
     def __init__(self, folder: str | Path, *, model: str, precision: str) -> None:
         self.folder = Path(folder) / f"{blake2b(model.encode(), digest_size=8).hexdigest()}-{precision}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as fault:
-            raise UserError(f"reference_cache '{folder}' cannot be made a folder: {fault.strerror}.") from fault
+        make_folder(self.folder, setting=_SETTING)
         self.model = model
         self._found: dict[bytes, Tensor] = {}
         self._new: dict[bytes, Tensor] = {}
@@ -41,14 +39,8 @@ class LogprobCache:
 
     def load(self) -> None:
         """Read what is on disk, other processes' parts too."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         for path in sorted(self.folder.glob("*.safetensors")):
-            try:
-                part = load_file(path)
-            except SafetensorError as fault:
-                raise UserError(f"reference_cache: '{path}' is damaged ({fault}); delete it.") from fault
+            part = read_tensors(path, setting=_SETTING)
             keys = [key.numpy().tobytes() for key in part["keys"]]
             self._found.update(zip(keys, part["logprobs"].split(part["lengths"].tolist()), strict=True))
 
@@ -82,20 +74,16 @@ class LogprobCache:
 
     def save(self) -> None:
         """Write what was taken in since; whole files only, so that a kill leaves none half written."""
-        from safetensors.torch import save
-
         if not self._new:
             return
         rows, keys = list(self._new.values()), b"".join(self._new)
         path = self.folder / f"{blake2b(keys, digest_size=8).hexdigest()}.safetensors"
-        unfinished = path.with_suffix(f".{os.getpid()}")
         tensors = {
             "keys": torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(len(rows), -1),
             "lengths": torch.tensor([len(row) for row in rows]),
             "logprobs": torch.cat(rows),
         }
-        unfinished.write_bytes(save(tensors))
-        unfinished.replace(path)
+        write_tensors(path, tensors, setting=_SETTING)
         self._new.clear()
 
 
