@@ -10,7 +10,7 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from lightning.pytorch import LightningDataModule
 
-from rlhf_lightning.data.chat import ConversationEncoder
+from rlhf_lightning.data.chat import Conversation, ConversationEncoder, EncodedConversation
 from rlhf_lightning.data.collate import TokenIds
 from rlhf_lightning.data.readers import is_hub_name, read_rows
 from rlhf_lightning.data.shapes import Prompt
@@ -42,6 +42,9 @@ _AGAINST_DROPPING = {
 }
 
 
+_ITEMS_AT_A_TIME = 1000  # enough for any number of cores, and little beside the rows themselves
+
+
 class Numbered(NamedTuple, Generic[Item]):
     """An item with the number of the row it came from, counted from 1, to name it where something is wrong with it."""
 
@@ -57,8 +60,8 @@ class Numbered(NamedTuple, Generic[Item]):
 class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
     """A data module over rows that are read once, parsed, tokenised and kept in memory.
 
-    A subclass says what is in a row (:meth:`parse`), what ids that makes (:meth:`encode`) and how they make a batch
-    (:meth:`collate`).
+    A subclass says what is in a row (:meth:`parse`), what of it is tokenised (:meth:`conversation`), what becomes of
+    the ids (:meth:`example`) and how they make a batch (:meth:`collate`).
 
     ``batch_type`` is the class of its batches. ``counts`` holds after :meth:`setup` how many rows were read, kept,
     truncated and dropped, and why.
@@ -145,8 +148,12 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
         """Return what a row holds for this task, none, one or several items."""
 
     @abstractmethod
-    def encode(self, item: Item, counts: Counter[str]) -> Example | None:
-        """Return the token ids of an item, or ``None`` to drop it; either way count what was done to it."""
+    def conversation(self, item: Item, counts: Counter[str]) -> Conversation | None:
+        """Return what is to be tokenised of an item, or ``None`` to drop it and count why."""
+
+    @abstractmethod
+    def example(self, item: Item, encoded: EncodedConversation, counts: Counter[str]) -> Example | None:
+        """Make an example of an item's ids, or return ``None`` to drop it; either way count what was done to it."""
 
     @abstractmethod
     def collate(self, examples: list[Example]) -> Batch:
@@ -282,9 +289,11 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
     def _encoded(self, part: str, source: str, items: list[Numbered[Item]]) -> list[Example]:
         counts: Counter[str] = Counter()
         examples: list[Example] = []
-        for number, item in items:
+        for (number, item), encoded in self._tokenised(items, counts):
             with self._naming_row(part, source, number):
-                example = self.encode(item, counts)
+                if isinstance(encoded, UserError):
+                    raise encoded
+                example = self.example(item, encoded, counts)
                 examples += [] if example is None else [example]
         self.counts.update({f"{part}_{name}": number for name, number in counts.items()})
         self.counts[f"{part}_kept"] = len(examples)
@@ -296,6 +305,16 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
         if self._place()[0] == 0:
             log.info("%s data from %s: %s", part, source, told)
         return examples
+
+    def _tokenised(
+        self, items: list[Numbered[Item]], counts: Counter[str]
+    ) -> Iterator[tuple[Numbered[Item], EncodedConversation | UserError]]:
+        """Yield the items that are kept with their ids; many are tokenised at a time, and not all are held as text."""
+        for start in range(0, len(items), _ITEMS_AT_A_TIME):
+            some = [(entry, self.conversation(entry.item, counts)) for entry in items[start : start + _ITEMS_AT_A_TIME]]
+            kept = [(entry, conversation) for entry, conversation in some if conversation is not None]
+            encoded = self.encoder.encode_many([conversation for _, conversation in kept])
+            yield from zip((entry for entry, _ in kept), encoded, strict=True)
 
     @contextlib.contextmanager
     def _naming_row(self, part: str, source: str, number: int) -> Iterator[None]:

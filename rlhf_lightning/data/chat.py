@@ -1,12 +1,55 @@
 """From a prompt and a response to token ids: the one function that every stage and every data set goes through."""
 
-from typing import TYPE_CHECKING
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf_lightning.data.shapes import Message, Prompt, as_messages
 from rlhf_lightning.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_CHARACTERS_A_CALL = 250_000  # the tokenizer's own account of a token takes a hundred times the id
+
+
+class Conversation(NamedTuple):
+    """A prompt and any number of responses to it."""
+
+    prompt: Prompt
+    responses: Sequence[str] = ()
+
+
+class EncodedConversation(NamedTuple):
+    """Token ids of a prompt, and of each response to it."""
+
+    prompt_ids: list[int]
+    responses: list[list[int]]
+
+
+class _Rendered(NamedTuple):
+    """The text of a prompt as the tokenizer reads it, and of the prompt with each response."""
+
+    prompt: str
+    wholes: list[str]
+
+
+class _KnownIds:
+    """Ids of texts that were tokenised together; of any other text those of a call of its own."""
+
+    def __init__(self, one: Callable[[str], list[int]], many: Callable[[Sequence[str]], list["array[int]"]]) -> None:
+        self._one, self._many = one, many
+        self._known: dict[str, array[int]] = {}
+
+    def add(self, texts: Iterable[str]) -> None:
+        """Tokenise texts, each once."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            self._known.update(zip(new, self._many(new), strict=True))
+
+    def __call__(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+        return self._known[text].tolist() if text in self._known else self._one(text)
 
 
 class ConversationEncoder:
@@ -75,15 +118,50 @@ class ConversationEncoder:
         Raises:
             UserError: As in :meth:`encode_prompt`, or if there is no stop token.
         """
-        if self.stop_id is None:
+        prompt_ids, (response_ids,) = self._cut(self._rendered(Conversation(prompt, (response,))), self._ids)
+        return prompt_ids, response_ids
+
+    def encode_many(self, conversations: Sequence[Conversation]) -> list[EncodedConversation | UserError]:
+        """Return the ids that :meth:`encode` gives, of many conversations at once.
+
+        Every text is tokenised once, and the tokenizers library spreads those of one call over the processor's cores.
+
+        Args:
+            conversations: Prompts and responses; ids of a prompt without any are those of :meth:`encode_prompt`.
+
+        Returns:
+            The ids of each conversation; in the place of one that :meth:`encode` refuses, the error.
+        """
+        rendered = [self._rendered_or_refused(conversation) for conversation in conversations]
+        good = [texts for texts in rendered if isinstance(texts, _Rendered)]
+        known = _KnownIds(self._ids, self._ids_of_all)
+        known.add(text for texts in good for text in (texts.prompt, *texts.wholes))
+        # What is asked for where tokens run over the cut: rarely, but with some templates by every response.
+        known.add(text for texts in good for text in _line_beginnings(texts, known))
+        return [self._cut(texts, known) if isinstance(texts, _Rendered) else texts for texts in rendered]
+
+    def _rendered(self, conversation: Conversation) -> _Rendered:
+        prompt, responses = conversation
+        if responses and self.stop_id is None:
             raise UserError(f"the tokenizer of {self.tokenizer.name_or_path!r} has no EOS token; name a stop_token.")
         prompt_text = self._prompt_text(prompt)
-        prompt_ids = self._ids(prompt_text)
-        response_text = self._response_text(prompt, prompt_text, response)
-        joint = self._ids(prompt_text + response_text)
-        size = len(prompt_ids)
-        response_ids = joint[size:] if joint[:size] == prompt_ids else self._continuation_ids(response_text)
-        return self._prompt_ids(prompt_ids), self._stopped(response_ids, self.stop_id)
+        return _Rendered(prompt_text, [self._whole_text(prompt, prompt_text, response) for response in responses])
+
+    def _rendered_or_refused(self, conversation: Conversation) -> _Rendered | UserError:
+        try:
+            return self._rendered(conversation)
+        except UserError as error:
+            return error
+
+    def _cut(self, texts: _Rendered, ids_of: Callable[[str], list[int]]) -> EncodedConversation:
+        """Tokenise prompt and responses together, and cut behind the prompt."""
+        prompt_ids, responses = ids_of(texts.prompt), []
+        for whole in texts.wholes:
+            joint = ids_of(whole)
+            fits = _begins(joint, prompt_ids)
+            text = whole.removeprefix(texts.prompt)
+            responses.append(self._stopped(joint[len(prompt_ids) :] if fits else _continuation_ids(text, ids_of)))
+        return EncodedConversation(self._prompt_ids(prompt_ids), responses)
 
     def _prompt_text(self, prompt: Prompt) -> str:
         if self.chat:
@@ -92,9 +170,9 @@ class ConversationEncoder:
             raise UserError("the prompt is a list of chat messages, but chat is false; set chat: true, or give text.")
         return prompt
 
-    def _response_text(self, prompt: Prompt, prompt_text: str, response: str) -> str:
+    def _whole_text(self, prompt: Prompt, prompt_text: str, response: str) -> str:
         if not self.chat:
-            return response
+            return prompt_text + response
         answer = {"role": "assistant", "content": response}
         whole = self._render([*as_messages(prompt), answer], add_generation_prompt=False)
         if not whole.startswith(prompt_text):
@@ -103,7 +181,7 @@ class ConversationEncoder:
                 "does not begin with the prompt), so prompt and response cannot be told apart; give a template that "
                 "does."
             )
-        return whole.removeprefix(prompt_text)
+        return whole
 
     def _render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
         import jinja2
@@ -126,23 +204,58 @@ class ConversationEncoder:
     def _ids(self, text: str, *, special: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
+    def _ids_of_all(self, texts: Sequence[str]) -> list["array[int]"]:
+        ids: list[array[int]] = []
+        for some in _portions(texts):
+            encoded = self.tokenizer(
+                some, add_special_tokens=False, verbose=False, return_attention_mask=False, return_token_type_ids=False
+            )
+            ids += [array("i", one) for one in encoded["input_ids"]]
+        return ids
+
     def _prompt_ids(self, text_ids: list[int]) -> list[int]:
         """Put the BOS token before; a prompt of nothing becomes one token, for a response to be predicted from."""
         bos = self.tokenizer.bos_token_id
         return self._before + text_ids or [self.pad_id if bos is None else bos]
 
-    def _continuation_ids(self, text: str) -> list[int]:
-        """Tokenise text that follows other text, without the blank that some tokenizers put before a text."""
-        line_end = self._ids("\n")
-        joint = self._ids("\n" + text)
-        return joint[len(line_end) :] if joint[: len(line_end)] == line_end else self._ids(text)
-
-    def _stopped(self, ids: list[int], stop_id: int) -> list[int]:
+    def _stopped(self, ids: list[int]) -> list[int]:
         """End at the stop token: cut off the blanks that a template writes after it, or put it there."""
-        last = next((place for place in range(len(ids) - 1, -1, -1) if ids[place] == stop_id), None)
+        assert self.stop_id is not None
+        last = next((place for place in range(len(ids) - 1, -1, -1) if ids[place] == self.stop_id), None)
         if last is not None and not self.tokenizer.decode(ids[last + 1 :]).strip():
             return ids[: last + 1]
-        return [*ids, stop_id]
+        return [*ids, self.stop_id]
+
+
+def _begins(ids: list[int], with_ids: list[int]) -> bool:
+    return ids[: len(with_ids)] == with_ids
+
+
+def _continuation_ids(text: str, ids_of: Callable[[str], list[int]]) -> list[int]:
+    """Tokenise text that follows other text, without the blank that some tokenizers put before a text."""
+    line_end, joint = ids_of("\n"), ids_of("\n" + text)
+    return joint[len(line_end) :] if _begins(joint, line_end) else ids_of(text)
+
+
+def _line_beginnings(texts: _Rendered, ids_of: Callable[[str], list[int]]) -> list[str]:
+    """Return what :func:`_continuation_ids` asks for first, of each response that needs it."""
+    prompt_ids = ids_of(texts.prompt)
+    running_over = [whole for whole in texts.wholes if not _begins(ids_of(whole), prompt_ids)]
+    return [text for whole in running_over for text in ("\n", "\n" + whole.removeprefix(texts.prompt))]
+
+
+def _portions(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the texts in lists that a tokenizer can be given at once, without more memory than a fraction of a GiB."""
+    portion: list[str] = []
+    size = 0
+    for text in texts:
+        portion.append(text)
+        size += len(text)
+        if size >= _CHARACTERS_A_CALL:
+            yield portion
+            portion, size = [], 0
+    if portion:
+        yield portion
 
 
 def truncate_left(ids: list[int], max_length: int | None, *, bos_id: int | None = None) -> list[int]:

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from rlhf_lightning.data.chat import Conversation, EncodedConversation
 from rlhf_lightning.data.collate import MarginPairExample, PairBatch, PairExample, collate_pairs, compact
-from rlhf_lightning.data.lengths import cut_prompt, cut_responses
 from rlhf_lightning.data.responses import ResponsesDataModule
 from rlhf_lightning.data.shapes import Prompt, parse_pair
 from rlhf_lightning.errors import UserError, did_you_mean
@@ -70,19 +70,21 @@ class PreferenceDataModule(ResponsesDataModule[PreferencePair, PairExample | Mar
         margin = None if self.margin_column is None else read_margin(row, self.margin_column)
         return [PreferencePair(*parse_pair(row, chat=self.chat), margin)]
 
-    def encode(self, item: PreferencePair, counts: Counter[str]) -> PairExample | MarginPairExample | None:
+    def conversation(self, item: PreferencePair, counts: Counter[str]) -> Conversation:
+        """Return the prompt with both responses."""
+        return Conversation(item.prompt, (item.chosen, item.rejected))
+
+    def example(
+        self, item: PreferencePair, encoded: EncodedConversation, counts: Counter[str]
+    ) -> PairExample | MarginPairExample | None:
         """Return the ids of a pair, or ``None`` where a response does not fit and pairs are to be dropped."""
-        prompt_ids, chosen_ids = self.encoder.encode(item.prompt, item.chosen)
-        _, rejected_ids = self.encoder.encode(item.prompt, item.rejected)
+        chosen_ids, rejected_ids = encoded.responses
         counts["empty_responses"] += sum(not text.strip() for text in (item.chosen, item.rejected))
         counts["ties"] += chosen_ids == rejected_ids
-        prompt_ids = cut_prompt(self.encoder, prompt_ids, self.max_prompt_length, counts)
-        responses = cut_responses(
-            prompt_ids, [chosen_ids, rejected_ids], max_length=self.max_length, overlong=self.overlong, counts=counts
-        )
-        if responses is None:
+        fitted = self.fitted(encoded, counts)
+        if fitted is None:
             return None
-        pair = PairExample(compact(prompt_ids), *map(compact, responses))
+        pair = PairExample(compact(fitted.prompt_ids), *map(compact, fitted.responses))
         return pair if item.margin is None else MarginPairExample(*pair, item.margin)
 
     def collate(self, examples: list[PairExample | MarginPairExample]) -> PairBatch:

@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from rlhf_lightning.data.base import RowsDataModule
+from rlhf_lightning.data.chat import Conversation, EncodedConversation
 from rlhf_lightning.data.collate import PromptBatch, PromptExample, collate_prompts, compact
 from rlhf_lightning.data.lengths import cut_prompt
 from rlhf_lightning.data.shapes import Prompt, as_messages, parse_prompt
@@ -86,9 +87,13 @@ class PromptDataModule(RowsDataModule[PromptItem, PromptExample, PromptBatch]):
         prompt = parse_prompt(row, chat=self.chat, text_words=self.text_words)
         return [PromptItem(as_messages(prompt) if self.chat else prompt, row)]
 
-    def encode(self, item: PromptItem, counts: Counter[str]) -> PromptExample:
+    def conversation(self, item: PromptItem, counts: Counter[str]) -> Conversation:
+        """Return the prompt, which nothing answers yet."""
+        return Conversation(item.prompt)
+
+    def example(self, item: PromptItem, encoded: EncodedConversation, counts: Counter[str]) -> PromptExample:
         """Return the ids of a prompt."""
-        prompt_ids = cut_prompt(self.encoder, self.encoder.encode_prompt(item.prompt), self.max_prompt_length, counts)
+        prompt_ids = cut_prompt(self.encoder, encoded.prompt_ids, self.max_prompt_length, counts)
         return PromptExample(compact(prompt_ids), item.prompt, item.row)
 
     def collate(self, examples: list[PromptExample]) -> PromptBatch:

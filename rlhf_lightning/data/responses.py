@@ -1,10 +1,12 @@
 """What data of prompts with given responses have in common: how long both may be, and what becomes of longer ones."""
 
 from abc import ABC
+from collections import Counter
 from typing import Any, Literal
 
 from rlhf_lightning.data.base import Batch, Example, Item, RowsDataModule
-from rlhf_lightning.data.lengths import check_lengths
+from rlhf_lightning.data.chat import EncodedConversation
+from rlhf_lightning.data.lengths import check_lengths, cut_prompt, cut_responses
 
 
 class ResponsesDataModule(RowsDataModule[Item, Example, Batch], ABC):
@@ -36,3 +38,11 @@ class ResponsesDataModule(RowsDataModule[Item, Example, Batch], ABC):
         self.save_hyperparameters(logger=False)
         check_lengths(max_length, max_prompt_length)
         self.max_length, self.max_prompt_length, self.overlong = max_length, max_prompt_length, overlong
+
+    def fitted(self, encoded: EncodedConversation, counts: Counter[str]) -> EncodedConversation | None:
+        """Cut prompt and responses to their lengths, or return ``None`` where they are to be dropped; count either."""
+        prompt_ids = cut_prompt(self.encoder, encoded.prompt_ids, self.max_prompt_length, counts)
+        responses = cut_responses(
+            prompt_ids, encoded.responses, max_length=self.max_length, overlong=self.overlong, counts=counts
+        )
+        return None if responses is None else EncodedConversation(prompt_ids, responses)

@@ -3,8 +3,8 @@
 from collections import Counter
 from typing import Any, Literal
 
+from rlhf_lightning.data.chat import Conversation, EncodedConversation
 from rlhf_lightning.data.collate import SequenceExample, collate_sequences, compact
-from rlhf_lightning.data.lengths import cut_prompt, cut_responses
 from rlhf_lightning.data.responses import ResponsesDataModule
 from rlhf_lightning.data.shapes import Demonstration, parse_demonstration, parse_pair
 from rlhf_lightning.functional.sequences import SequenceBatch
@@ -54,17 +54,21 @@ class DemonstrationDataModule(ResponsesDataModule[Demonstration, SequenceExample
         wanted = {"chosen": [pair.chosen], "rejected": [pair.rejected], "both": [pair.chosen, pair.rejected]}
         return [Demonstration(pair.prompt, response) for response in wanted[self.responses]]
 
-    def encode(self, item: Demonstration, counts: Counter[str]) -> SequenceExample | None:
-        """Return the ids of a demonstration, or ``None`` where it is empty, or too long and to be dropped."""
+    def conversation(self, item: Demonstration, counts: Counter[str]) -> Conversation | None:
+        """Return the prompt with its response, or ``None`` where that is empty."""
         if not item.response.strip():
             counts["dropped_empty"] += 1
             return None
-        prompt_ids, response_ids = self.encoder.encode(item.prompt, item.response)
-        prompt_ids = cut_prompt(self.encoder, prompt_ids, self.max_prompt_length, counts)
-        responses = cut_responses(
-            prompt_ids, [response_ids], max_length=self.max_length, overlong=self.overlong, counts=counts
-        )
-        return None if responses is None else SequenceExample(compact(prompt_ids), compact(responses[0]))
+        return Conversation(item.prompt, (item.response,))
+
+    def example(
+        self, item: Demonstration, encoded: EncodedConversation, counts: Counter[str]
+    ) -> SequenceExample | None:
+        """Return the ids of a demonstration, or ``None`` where it is too long and to be dropped."""
+        fitted = self.fitted(encoded, counts)
+        if fitted is None:
+            return None
+        return SequenceExample(compact(fitted.prompt_ids), compact(fitted.responses[0]))
 
     def collate(self, examples: list[SequenceExample]) -> SequenceBatch:
         """Return a batch of these demonstrations."""

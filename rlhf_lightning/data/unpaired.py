@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from rlhf_lightning.data.chat import Conversation, EncodedConversation
 from rlhf_lightning.data.collate import LabelledBatch, LabelledExample, collate_labelled, compact
-from rlhf_lightning.data.lengths import cut_prompt, cut_responses
 from rlhf_lightning.data.responses import ResponsesDataModule
 from rlhf_lightning.data.shapes import Prompt, parse_demonstration, parse_pair
 from rlhf_lightning.errors import UserError, nearest
@@ -66,15 +66,19 @@ class UnpairedDataModule(ResponsesDataModule[LabelledResponse, LabelledExample, 
         label = read_label(row, self.label_column)
         return [LabelledResponse(*parse_demonstration(row, chat=self.chat), label)]
 
-    def encode(self, item: LabelledResponse, counts: Counter[str]) -> LabelledExample | None:
-        """Return the ids of a response and its label, or ``None`` where it is too long and to be dropped."""
+    def conversation(self, item: LabelledResponse, counts: Counter[str]) -> Conversation:
+        """Return the prompt with its response."""
         counts["empty_responses"] += not item.response.strip()
-        prompt_ids, response_ids = self.encoder.encode(item.prompt, item.response)
-        prompt_ids = cut_prompt(self.encoder, prompt_ids, self.max_prompt_length, counts)
-        responses = cut_responses(
-            prompt_ids, [response_ids], max_length=self.max_length, overlong=self.overlong, counts=counts
-        )
-        return None if responses is None else LabelledExample(compact(prompt_ids), compact(responses[0]), item.label)
+        return Conversation(item.prompt, (item.response,))
+
+    def example(
+        self, item: LabelledResponse, encoded: EncodedConversation, counts: Counter[str]
+    ) -> LabelledExample | None:
+        """Return the ids of a response and its label, or ``None`` where it is too long and to be dropped."""
+        fitted = self.fitted(encoded, counts)
+        if fitted is None:
+            return None
+        return LabelledExample(compact(fitted.prompt_ids), compact(fitted.responses[0]), item.label)
 
     def collate(self, examples: list[LabelledExample]) -> LabelledBatch:
         """Return a batch of these responses."""
