@@ -16,6 +16,7 @@ from rlhf_lightning.data.readers import is_hub_name, read_rows
 from rlhf_lightning.data.shapes import Prompt
 from rlhf_lightning.data.splits import HasPrompt, prompt_key, split_by_prompt
 from rlhf_lightning.data.stream import BatchStream, EvalBatches
+from rlhf_lightning.data.token_cache import TokenCache
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.loading import load_tokenizer
 from rlhf_lightning.seeding import run_seed
@@ -82,6 +83,8 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
         shuffle: Draw training rows in a random order that follows from the run's seed.
         bad_rows: What to do with a row that cannot be read: stop with an ``error`` that names it, or ``drop`` and count
             it.
+        token_cache: Folder in which token ids are kept for the next run, by the content of texts and tokenizer;
+            ``None`` keeps none. Worth it where tokenising takes longer than a start may.
 
     Raises:
         UserError: If numbers do not go together; from ``setup`` if the data cannot be used.
@@ -105,6 +108,7 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
         limit: int | None = None,
         shuffle: bool = True,
         bad_rows: Literal["error", "drop"] = "error",
+        token_cache: str | None = None,
     ) -> None:
         super().__init__()
         for name, number in {"batch_size": batch_size, "val_batch_size": val_batch_size, "limit": limit}.items():
@@ -121,7 +125,7 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.chat, self.stop_token, self.tokenizer_name = chat, stop_token, tokenizer
         self.split, self.val_split, self.limit = split, val_split, limit
-        self.shuffle, self.bad_rows = shuffle, bad_rows
+        self.shuffle, self.bad_rows, self.token_cache = shuffle, bad_rows, token_cache
         self.counts: Counter[str] = Counter()
         self._first_bad = ""
         self.train_examples: list[Example] = []
@@ -310,11 +314,14 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
         self, items: list[Numbered[Item]], counts: Counter[str]
     ) -> Iterator[tuple[Numbered[Item], EncodedConversation | UserError]]:
         """Yield the items that are kept with their ids; many are tokenised at a time, and not all are held as text."""
+        cache = TokenCache(self.token_cache, self.encoder.tokenizer) if self.token_cache else None
         for start in range(0, len(items), _ITEMS_AT_A_TIME):
             some = [(entry, self.conversation(entry.item, counts)) for entry in items[start : start + _ITEMS_AT_A_TIME]]
             kept = [(entry, conversation) for entry, conversation in some if conversation is not None]
-            encoded = self.encoder.encode_many([conversation for _, conversation in kept])
+            encoded = self.encoder.encode_many([conversation for _, conversation in kept], cache)
             yield from zip((entry for entry, _ in kept), encoded, strict=True)
+        if cache and self._place()[0] == 0:
+            log.info("token_cache: %d of %d texts were in %s", cache.found, cache.asked, cache.folder)
 
     @contextlib.contextmanager
     def _naming_row(self, part: str, source: str, number: int) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf_lightning.data.shapes import Message, Prompt, as_messages
@@ -9,6 +10,8 @@ from rlhf_lightning.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from rlhf_lightning.data.token_cache import TokenCache
 
 _CHARACTERS_A_CALL = 250_000  # the tokenizer's own account of a token takes a hundred times the id
 
@@ -121,20 +124,23 @@ class ConversationEncoder:
         prompt_ids, (response_ids,) = self._cut(self._rendered(Conversation(prompt, (response,))), self._ids)
         return prompt_ids, response_ids
 
-    def encode_many(self, conversations: Sequence[Conversation]) -> list[EncodedConversation | UserError]:
+    def encode_many(
+        self, conversations: Sequence[Conversation], cache: "TokenCache | None" = None
+    ) -> list[EncodedConversation | UserError]:
         """Return the ids that :meth:`encode` gives, of many conversations at once.
 
         Every text is tokenised once, and the tokenizers library spreads those of one call over the processor's cores.
 
         Args:
             conversations: Prompts and responses; ids of a prompt without any are those of :meth:`encode_prompt`.
+            cache: Where ids are kept from run to run; ``None`` always asks the tokenizer.
 
         Returns:
             The ids of each conversation; in the place of one that :meth:`encode` refuses, the error.
         """
         rendered = [self._rendered_or_refused(conversation) for conversation in conversations]
         good = [texts for texts in rendered if isinstance(texts, _Rendered)]
-        known = _KnownIds(self._ids, self._ids_of_all)
+        known = _KnownIds(self._ids, partial(cache.ids, tokenise=self._ids_of_all) if cache else self._ids_of_all)
         known.add(text for texts in good for text in (texts.prompt, *texts.wholes))
         # What is asked for where tokens run over the cut: rarely, but with some templates by every response.
         known.add(text for texts in good for text in _line_beginnings(texts, known))
