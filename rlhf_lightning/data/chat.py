@@ -126,8 +126,8 @@ class ConversationEncoder:
 
     def encode_many(
         self, conversations: Sequence[Conversation], cache: "TokenCache | None" = None
-    ) -> list[EncodedConversation | UserError]:
-        """Return the ids that :meth:`encode` gives, of many conversations at once.
+    ) -> Iterator[EncodedConversation | UserError]:
+        """Yield the ids that :meth:`encode` gives, of many conversations tokenised at once.
 
         Every text is tokenised once, and the tokenizers library spreads those of one call over the processor's cores.
 
@@ -135,7 +135,7 @@ class ConversationEncoder:
             conversations: Prompts and responses; ids of a prompt without any are those of :meth:`encode_prompt`.
             cache: Where ids are kept from run to run; ``None`` always asks the tokenizer.
 
-        Returns:
+        Yields:
             The ids of each conversation; in the place of one that :meth:`encode` refuses, the error.
         """
         rendered = [self._rendered_or_refused(conversation) for conversation in conversations]
@@ -144,7 +144,7 @@ class ConversationEncoder:
         known.add(text for texts in good for text in (texts.prompt, *texts.wholes))
         # What is asked for where tokens run over the cut: rarely, but with some templates by every response.
         known.add(text for texts in good for text in _line_beginnings(texts, known))
-        return [self._cut(texts, known) if isinstance(texts, _Rendered) else texts for texts in rendered]
+        yield from (self._cut(texts, known) if isinstance(texts, _Rendered) else texts for texts in rendered)
 
     def _rendered(self, conversation: Conversation) -> _Rendered:
         prompt, responses = conversation

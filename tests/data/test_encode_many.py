@@ -111,7 +111,7 @@ TEXTS = st.lists(st.sampled_from(PIECES), max_size=6).map("".join)
 )
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_ids_are_those_of_one_at_a_time(encoder: ConversationEncoder, conversations: list[Conversation]) -> None:
-    assert encoder.encode_many(conversations) == one_by_one(encoder, conversations)
+    assert list(encoder.encode_many(conversations)) == one_by_one(encoder, conversations)
 
 
 def by_definition(encoder: ConversationEncoder, prompt: Any, response: str) -> tuple[list[int], list[int]]:
@@ -168,13 +168,13 @@ class Asked:
 def test_a_text_is_tokenised_once_and_many_in_a_call(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = ConversationEncoder(with_template(byte_level(), template))
     asked = Asked(monkeypatch)
-    encoder.encode_many([Conversation(f"Hi {n % 3}", ("yes", f"no {n}")) for n in range(9)])
+    list(encoder.encode_many([Conversation(f"Hi {n % 3}", ("yes", f"no {n}")) for n in range(9)]))
     texts = [text for call in asked.calls for text in call]
     assert len(texts) == len(set(texts))
     assert len(asked.calls) == (1 if template is CHATML else 2), "the texts, and those that follow a line end"
     monkeypatch.setattr("rlhf_lightning.data.chat._CHARACTERS_A_CALL", 200)
     asked.calls.clear()
-    encoder.encode_many([Conversation(f"Hi {n}", ("yes" * 10,)) for n in range(9)])
+    list(encoder.encode_many([Conversation(f"Hi {n}", ("yes" * 10,)) for n in range(9)]))
     assert len(asked.calls) > 3
     assert all(sum(map(len, call[:-1])) < 200 for call in asked.calls)
 
@@ -182,7 +182,7 @@ def test_a_text_is_tokenised_once_and_many_in_a_call(template: str, monkeypatch:
 def test_what_is_refused_stands_in_its_place(demo_tokenizer: PreTrainedTokenizerBase) -> None:
     encoder = ConversationEncoder(with_template(demo_tokenizer, REFUSING))
     good = Conversation("Hi", ("yes", "no"))
-    found = encoder.encode_many([good, Conversation("Hi", ("yes", "bad")), Conversation("bad"), good])
+    found = list(encoder.encode_many([good, Conversation("Hi", ("yes", "bad")), Conversation("bad"), good]))
     assert [isinstance(one, UserError) for one in found] == [False, True, True, False]
     assert [found[0], found[3]] == one_by_one(encoder, [good, good])
     with pytest.raises(UserError) as alone:
@@ -193,7 +193,7 @@ def test_what_is_refused_stands_in_its_place(demo_tokenizer: PreTrainedTokenizer
     asked, refused = ConversationEncoder(without_eos).encode_many([Conversation("Hi"), good])
     assert "no EOS token" in str(refused)
     assert not isinstance(asked, UserError)
-    assert encoder.encode_many([]) == []
+    assert list(encoder.encode_many([])) == []
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
