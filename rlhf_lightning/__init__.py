@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.data.prompts import PromptDataModule
     from rlhf_lightning.data.text import DemonstrationDataModule
     from rlhf_lightning.data.unpaired import UnpairedDataModule
+    from rlhf_lightning.models.lora import LoRA
     from rlhf_lightning.modules.dpo import DPOModule
     from rlhf_lightning.modules.kto import KTOModule
     from rlhf_lightning.modules.ppo import PPOModule
@@ -81,6 +82,7 @@ _HOMES = {
     "PromptDataModule": "data.prompts",
     "DemonstrationDataModule": "data.text",
     "UnpairedDataModule": "data.unpaired",
+    "LoRA": "models.lora",
     "DPOModule": "modules.dpo",
     "KTOModule": "modules.kto",
     "PPOModule": "modules.ppo",
@@ -116,6 +118,7 @@ __all__ = [
     "IPOLoss",
     "KTOModule",
     "LeaveOneOut",
+    "LoRA",
     "MissingEOSPenalty",
     "MissingEOSScore",
     "PPOModule",

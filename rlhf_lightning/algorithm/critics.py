@@ -11,6 +11,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.models.causal_lm import ResponsePass
 from rlhf_lightning.models.loading import is_sequence_classifier, load_sequence_classifier
+from rlhf_lightning.models.lora import LoRA, add_adapters
 from rlhf_lightning.models.scalar_head import ScalarModel, score_statistics
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class SeparateCritic(Critic):
         warmup_iterations: Iterations at the start in which it learns alone and the policy stays as it is; 0 is off.
         normalize: True begins with the reward model's scores less ``score_mean`` and divided by ``score_std`` of its
             config.json, as ``RewardModel(normalize=True)`` pays them; False with the scores as they are.
+        lora: Adapters that it is trained by, in place of all its weights but the head's; ``None`` trains all weights.
 
     References:
         Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO": the critic starts from the reward model.
@@ -77,11 +79,12 @@ class SeparateCritic(Critic):
         learning_rate: float | None = None,
         warmup_iterations: int = 0,
         normalize: bool = False,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__(learning_rate, warmup_iterations)
         if normalize and init_from is None:
             raise UserError("SeparateCritic: normalize is true, but there is no init_from with scores to normalise.")
-        self.init_from, self.normalize = init_from, normalize
+        self.init_from, self.normalize, self.lora = init_from, normalize, lora
 
     def setup(self, policy_name: str, policy: "PreTrainedModel") -> None:
         """Load the network."""
@@ -90,7 +93,7 @@ class SeparateCritic(Critic):
         model = load_sequence_classifier(self.init_from or policy_name, new_head=True)
         if not is_sequence_classifier(model.config):
             nn.init.zeros_(model.score.weight)
-        self.scalar = ScalarModel(model)
+        self.scalar = ScalarModel(add_adapters(model, self.lora))
         if self.normalize and self.init_from is not None:
             mean, std = score_statistics(self.init_from, asked_by="SeparateCritic")
             self.scalar.normalize(mean=mean, std=std)

@@ -10,6 +10,7 @@ import torch
 
 from rlhf_lightning.errors import UserError, did_you_mean
 from rlhf_lightning.models.loading import quiet_transformers
+from rlhf_lightning.models.lora import add_adapters, lora_of_settings, merged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,7 +22,7 @@ CHECKPOINT_FORMAT = 1
 def write_model_folder(directory: str | Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
     """Write weights (safetensors), config, generation config, tokenizer and chat template into a folder."""
     with quiet_transformers():
-        model.save_pretrained(directory)
+        merged(model).save_pretrained(directory)
         tokenizer.save_pretrained(directory)
 
 
@@ -131,8 +132,11 @@ def _rebuild(folder: Path, packed: dict[str, Any], state_dict: dict[str, torch.T
     factory = AutoModelForSequenceClassification if is_scalar else AutoModelForCausalLM
     model = factory.from_config(config, dtype=torch.float32)
     prefix = packed["prefix"]
+    adapters = packed.get("adapters", {})
+    add_adapters(model, lora_of_settings({k[len(prefix) :]: v for k, v in adapters.items() if k.startswith(prefix)}))
     weights = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
     model.load_state_dict(weights, strict=True)
+    model = merged(model)
     if (folder / "generation_config.json").is_file() and not is_scalar:
         from transformers import GenerationConfig
 

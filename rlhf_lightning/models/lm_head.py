@@ -134,7 +134,8 @@ class _FusedHead(torch.autograd.Function):
                     to_bias += slopes.sum(dim=0)
                 slopes = slopes.to(dtype)
                 to_hidden[place] = slopes @ matrix
-                to_weight = _plus_product(to_weight, slopes.T, hidden[place].to(dtype), weight)
+                if ctx.needs_input_grad[1]:  # not where adapters are trained in its place
+                    to_weight = _plus_product(to_weight, slopes.T, hidden[place].to(dtype), weight)
         return to_hidden, to_weight, to_bias, None, None, None, None, None
 
 

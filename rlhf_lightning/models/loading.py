@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rlhf_lightning.errors import UserError, did_you_mean
+from rlhf_lightning.models.lora import adapted_layers, before_adapters
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -196,8 +197,15 @@ def refuse_foreign_tokens(own: "PreTrainedTokenizerBase", name: str, *, key: str
 
 
 def load_reference(name: str | None, policy: "PreTrainedModel") -> "PreTrainedModel":
-    """Load the frozen reference, in eval mode; without a name it is a copy of the policy as it is now."""
-    reference = load_causal_lm(name) if name else copy.deepcopy(policy)
+    """Load the frozen reference, in eval mode.
+
+    Without a name it is a copy of the policy as it is now, or, of one with adapters, the policy without them: over the
+    same weights, which are not trained.
+    """
+    if name:
+        reference = load_causal_lm(name)
+    else:
+        reference = before_adapters(policy) if adapted_layers(policy) else copy.deepcopy(policy)
     return reference.eval().requires_grad_(False)
 
 

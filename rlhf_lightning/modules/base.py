@@ -18,6 +18,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.models.export import CHECKPOINT_KEY, pack_model, write_model_folder
 from rlhf_lightning.models.loading import load_config, load_tokenizer
+from rlhf_lightning.models.lora import adapter_settings, describe_adapters
 from rlhf_lightning.models.packed import checkpoint_trained_models
 from rlhf_lightning.modules.data_checks import check_batch, check_data
 from rlhf_lightning.modules.restarts import count_begun_epoch
@@ -140,12 +141,15 @@ class ModelModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen models out, and add what an export needs."""
-        prefixes = tuple(f"{name}." for name in self.frozen_modules())
-        state = checkpoint["state_dict"]
+        state, prefixes = checkpoint["state_dict"], self._frozen_prefixes()
         checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith(prefixes)}
         packed = pack_model(self.export_prefix, self.exported_model, self.tokenizer)
         frozen = {name: fingerprint(module) for name, module in self.frozen_modules().items()}
-        checkpoint[CHECKPOINT_KEY] = packed | {"frozen": frozen, "module": type(self).__name__}
+        checkpoint[CHECKPOINT_KEY] = packed | {
+            "frozen": frozen,
+            "adapters": adapter_settings(self),
+            "module": type(self).__name__,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the frozen models' own weights back, so that loading stays strict.
@@ -154,11 +158,10 @@ class ModelModule(LightningModule):
             UserError: If the checkpoint holds other tensors than this module, or a fit would be taken up beside other
                 frozen models than it began with.
         """
-        for name, module in self.frozen_modules().items():
-            for key, value in module.state_dict().items():
-                checkpoint["state_dict"][f"{name}.{key}"] = value
         if CHECKPOINT_KEY not in checkpoint:
             raise UserError("the checkpoint was not written by rlhf_lightning; give one of a run's checkpoints/.")
+        self._refuse_other_adapters(checkpoint[CHECKPOINT_KEY].get("adapters", {}))
+        self._put_frozen_back(checkpoint["state_dict"])
         if self.strict_loading:
             self._refuse_other_tensors(checkpoint["state_dict"])
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
@@ -199,6 +202,25 @@ class ModelModule(LightningModule):
         if hasattr(scheduler, "set_total_steps"):
             scheduler.set_total_steps(self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _put_frozen_back(self, loaded: dict[str, Tensor]) -> None:
+        """Add the frozen models' tensors; what they share with a model in training is the checkpoint's."""
+        own = self.state_dict(keep_vars=True)
+        trained = {id(tensor): key for key, tensor in own.items() if key in loaded}
+        for key in own:
+            if key.startswith(self._frozen_prefixes()):
+                loaded[key] = loaded.get(trained.get(id(own[key]), ""), own[key].detach())
+
+    def _frozen_prefixes(self) -> tuple[str, ...]:
+        return tuple(f"{name}." for name in self.frozen_modules())
+
+    def _refuse_other_adapters(self, loaded: dict[str, list[float]]) -> None:
+        own = adapter_settings(self)
+        if own != loaded:
+            raise UserError(
+                f"the checkpoint was trained with {describe_adapters(loaded)}, but this {type(self).__name__} has "
+                f"{describe_adapters(own)}; give it the same lora."
+            )
 
     def _refuse_other_frozen(self, fingerprints: dict[str, str]) -> None:
         for name, module in self.frozen_modules().items():

@@ -20,6 +20,7 @@ from rlhf_lightning.models.causal_lm import response_logprobs
 from rlhf_lightning.models.export import CHECKPOINT_KEY
 from rlhf_lightning.models.loading import load_reference
 from rlhf_lightning.models.logprob_cache import LogprobCache
+from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.modules.base import fingerprint
 from rlhf_lightning.modules.microbatches import joined
 from rlhf_lightning.modules.reference import ReferenceModule, rows_of_a_process
@@ -63,6 +64,8 @@ class DPOModule(ReferenceModule):
             teaches less to write longer, 1 is off (LD-DPO, Liu et al. 2024).
         reference_free: True loads no reference and counts its log-probabilities as 0: less memory, and nothing that
             holds the policy where it started.
+        lora: Adapters that the policy is trained by, in place of all its weights; the reference, unless another is
+            named, is then the policy without them, over the same weights. ``null`` trains all weights.
         reference_cache: Folder in which the reference's log-probabilities are kept. Those that are not there yet, of
             training and validation rows, are computed before the first step; then the reference leaves memory, and a
             step is about a third cheaper. A run that is too short to see every training row keeps the reference, and
@@ -88,13 +91,14 @@ class DPOModule(ReferenceModule):
         loss: PreferenceLoss | None = None,
         ld_alpha: float = 1.0,
         reference_free: bool = False,
+        lora: LoRA | None = None,
         reference_cache: str | None = None,
         max_tokens_per_microbatch: int = 4096,
         gradient_checkpointing: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0, fused=True),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(policy, reference, reference_free, max_tokens_per_microbatch, optimizer, lr_scheduler)
+        super().__init__(policy, reference, reference_free, lora, max_tokens_per_microbatch, optimizer, lr_scheduler)
         self.gradient_checkpointing = gradient_checkpointing
         if not 0 <= ld_alpha <= 1:
             raise UserError(f"ld_alpha is {ld_alpha}; it must lie in [0, 1] (1 is off).")
@@ -240,7 +244,8 @@ class DPOModule(ReferenceModule):
     def _load_reference_again(self) -> None:
         """Bring back a reference that has gone, for rows that it has not seen."""
         if not hasattr(self, "reference"):
-            self.reference = load_reference(self.reference_name or self.model_name, self.policy).to(self.device)
+            name = self.reference_name or (None if self.lora else self.model_name)
+            self.reference = load_reference(name, self.policy).to(self.device)
 
     def _pairs_of_the_run(self, data: PreferenceDataModule) -> int:
         """Return how many pairs training takes at most, one that comes twice counted twice."""

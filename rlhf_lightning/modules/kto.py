@@ -15,6 +15,7 @@ from rlhf_lightning.functional.preference import kto_loss, kto_reference_point
 from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.metrics import MaskedMean
 from rlhf_lightning.models.causal_lm import response_logprobs
+from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.modules.microbatches import joined
 from rlhf_lightning.modules.reference import ReferenceModule, rows_of_a_process
 
@@ -48,6 +49,8 @@ class KTOModule(ReferenceModule):
     Args:
         policy: Hugging Face folder or hub name of the model to be tuned.
         reference: Folder or hub name of the frozen reference; ``null`` takes a copy of the policy as it starts.
+        lora: Adapters that the policy is trained by, in place of all its weights; the reference, unless another is
+            named, is then the policy without them, over the same weights. ``null`` trains all weights.
         beta: How fast a gain over z₀ saturates, above 0; higher keeps the policy closer to the reference.
         desirable_weight: Weight of good responses, at least 0.
         undesirable_weight: Weight of bad ones, at least 0. Where the two kinds are unequally many, the paper wants
@@ -71,6 +74,7 @@ class KTOModule(ReferenceModule):
         self,
         policy: str,
         reference: str | None = None,
+        lora: LoRA | None = None,
         beta: float = 0.1,
         desirable_weight: float = 1.0,
         undesirable_weight: float = 1.0,
@@ -80,7 +84,7 @@ class KTOModule(ReferenceModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0, fused=True),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(policy, reference, False, max_tokens_per_microbatch, optimizer, lr_scheduler)
+        super().__init__(policy, reference, False, lora, max_tokens_per_microbatch, optimizer, lr_scheduler)
         self.gradient_checkpointing = gradient_checkpointing
         if not beta > 0:
             raise UserError(f"beta is {beta}; it must be above 0.")

@@ -20,6 +20,7 @@ from rlhf_lightning.distributed import global_sum, world_size
 from rlhf_lightning.functional.losses import ValueLoss, token_mean_weights
 from rlhf_lightning.functional.sequences import token_groups
 from rlhf_lightning.models.causal_lm import ResponsePass, response_pass
+from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.offload import OffloadedModels
 from rlhf_lightning.modules.manual import accumulating, clip_and_step, counted_as_one_step
 from rlhf_lightning.modules.ppo_checks import (
@@ -47,6 +48,8 @@ class PPOModule(RolloutModule):
         policy: Hugging Face folder or hub name of the model to be tuned.
         reward: Where scores come from: ``RewardModel``, ``FunctionReward``, ``WeightedSum`` or a class of your own.
         reference: Folder or hub name of the frozen reference; ``null`` takes a copy of the policy as it starts.
+        lora: Adapters that the policy is trained by, in place of all its weights; the reference, unless another is
+            named, is then the policy without them, over the same weights. ``null`` trains all weights.
         critic: Where values come from, ``SeparateCritic`` or ``TrunkCritic``; ``null`` is ``SeparateCritic()``, which
             starts from the policy, and none where ``advantages`` needs none.
         advantages: Advantage estimator; ``null`` is ``GAE()``.
@@ -80,6 +83,7 @@ class PPOModule(RolloutModule):
         policy: str,
         reward: RewardSource,
         reference: str | None = None,
+        lora: LoRA | None = None,
         critic: Critic | None = None,
         advantages: AdvantageEstimator | None = None,
         kl: KLControl | None = None,
@@ -106,6 +110,7 @@ class PPOModule(RolloutModule):
             policy,
             reward,
             reference=reference,
+            lora=lora,
             critic=critic or (SeparateCritic() if advantages.needs_critic else None),
             sampling=sampling,
             sampler=sampler,
@@ -235,9 +240,9 @@ class PPOModule(RolloutModule):
 
     def configure_optimizers(self) -> Any:
         """Build one optimizer with a group for the policy and, where there is one, one for the critic."""
-        groups: list[dict[str, Any]] = [{"params": list(self.policy.parameters()), "name": "policy"}]
+        groups: list[dict[str, Any]] = [{"params": _trained(self.policy), "name": "policy"}]
         if self.critic is not None:
-            groups.append({"params": list(self.critic.parameters()), "name": "critic"})
+            groups.append({"params": _trained(self.critic), "name": "critic"})
             if self.critic.learning_rate is not None:
                 groups[1]["lr"] = self.critic.learning_rate
         return self._optimizer_of(groups)
@@ -336,3 +341,7 @@ class PPOModule(RolloutModule):
 
     def _seed(self, purpose: str) -> int:
         return derive_seed(run_seed(), purpose, self.counters["iterations"])
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -11,6 +11,7 @@ from torchmetrics import PearsonCorrCoef, SpearmanCorrCoef
 from rlhf_lightning.data.collate import LabelledBatch
 from rlhf_lightning.functional.reward_losses import rating_loss
 from rlhf_lightning.metrics import MaskedMean
+from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.modules.reference import rows_of_a_process
 from rlhf_lightning.modules.scoring import ScoringModule
 
@@ -29,6 +30,7 @@ class RatingModule(ScoringModule):
             draws a new one with 1/√(d + 1) for hidden size d.
         store_score_statistics: True writes mean and standard deviation of the validation scores into the exported
             config, for ``RewardModel(normalize=True)``; see ``RewardModule``.
+        lora: Adapters that are trained in place of all weights but the head's; ``null`` trains all weights.
         max_tokens_per_microbatch: Tokens, prompts included, in one forward pass of a process, at most; a longer
             sequence goes alone. More is faster and needs more memory; results change by
             rounding alone, which bf16-mixed shows.
@@ -48,14 +50,17 @@ class RatingModule(ScoringModule):
         model: str,
         head_std: float | None = None,
         store_score_statistics: bool = False,
+        lora: LoRA | None = None,
         max_tokens_per_microbatch: int = 4096,
         gradient_checkpointing: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.0, fused=True),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(model, head_std, store_score_statistics, max_tokens_per_microbatch, optimizer, lr_scheduler)
+        super().__init__(
+            model, head_std, store_score_statistics, lora, max_tokens_per_microbatch, optimizer, lr_scheduler
+        )
         self.gradient_checkpointing = gradient_checkpointing
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.save_hyperparameters(ignore=["lora", "optimizer", "lr_scheduler"])
         self.val_loss, self.pearson = MaskedMean(), PearsonCorrCoef()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it tells that it keeps all numbers: 8 bytes a response

@@ -16,6 +16,7 @@ from rlhf_lightning.models.loading import (
     load_reference,
     refuse_foreign_tokens,
 )
+from rlhf_lightning.models.lora import LoRA, add_adapters
 from rlhf_lightning.modules.base import ModelModule
 from rlhf_lightning.modules.microbatches import MicroBatching
 
@@ -30,6 +31,7 @@ class ReferenceModule(MicroBatching, ModelModule):
         policy: Hugging Face folder or hub name of the model to be tuned.
         reference: Folder or hub name of the reference; ``None`` takes a copy of the policy as it starts.
         reference_free: True loads no reference; its log-probabilities count as 0.
+        lora: Adapters of the policy; ``None`` trains all of it.
         max_tokens_per_microbatch: Tokens in one forward pass of a process.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer, stepped once a training step; ``None`` keeps the learning rate.
@@ -42,6 +44,7 @@ class ReferenceModule(MicroBatching, ModelModule):
         policy: str,
         reference: str | None,
         reference_free: bool,
+        lora: LoRA | None,
         max_tokens_per_microbatch: int,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
@@ -50,7 +53,7 @@ class ReferenceModule(MicroBatching, ModelModule):
         self.take_microbatches(max_tokens_per_microbatch)
         if reference is not None and reference_free:
             raise UserError(f"reference is {reference!r}, but reference_free is true; leave one of them out.")
-        self.reference_name, self.reference_free = reference, reference_free
+        self.reference_name, self.reference_free, self.lora = reference, reference_free, lora
         self._told: set[str] = set()
 
     @property
@@ -72,7 +75,7 @@ class ReferenceModule(MicroBatching, ModelModule):
         """Load policy and reference, once."""
         if hasattr(self, "policy"):
             return
-        self.policy = load_causal_lm(self.model_name)
+        self.policy = add_adapters(load_causal_lm(self.model_name), self.lora)
         if not self.reference_free:
             self.reference = load_reference(self.reference_name, self.policy)
 

@@ -12,6 +12,7 @@ from rlhf_lightning.functional.losses import preference_loss
 from rlhf_lightning.functional.reward_losses import center_loss
 from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.metrics import MarginStatistics, MaskedMean, RewardAccuracy, TieShare, pair_points
+from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.modules.reference import mean_over_processes, rows_of_a_process
 from rlhf_lightning.modules.scoring import ScoringModule
 
@@ -36,6 +37,7 @@ class RewardModule(ScoringModule):
             chosen and rejected, into the exported config as ``score_mean`` and ``score_std``, for
             ``RewardModel(normalize=True)``. They are measured in each validation and, where weights have changed since,
             once more at the end of an epoch; a checkpoint between holds those of the validation before it.
+        lora: Adapters that are trained in place of all weights but the head's; ``null`` trains all weights.
         max_tokens_per_microbatch: Tokens, prompts included, in one forward pass of a process, at most; a longer
             pair goes alone. More is faster and needs more memory; results change by
             rounding alone, which bf16-mixed shows.
@@ -58,16 +60,19 @@ class RewardModule(ScoringModule):
         center_coef: float = 0.0,
         head_std: float | None = None,
         store_score_statistics: bool = False,
+        lora: LoRA | None = None,
         max_tokens_per_microbatch: int = 4096,
         gradient_checkpointing: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.0, fused=True),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(model, head_std, store_score_statistics, max_tokens_per_microbatch, optimizer, lr_scheduler)
+        super().__init__(
+            model, head_std, store_score_statistics, lora, max_tokens_per_microbatch, optimizer, lr_scheduler
+        )
         self.gradient_checkpointing = gradient_checkpointing
         if not center_coef >= 0:
             raise UserError(f"center_coef is {center_coef}; it must be at least 0 (0 is off).")
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.save_hyperparameters(ignore=["lora", "optimizer", "lr_scheduler"])
         self.center_coef = center_coef
         self.val_loss, self.accuracy = MaskedMean(), RewardAccuracy()
         self.ties, self.margins = TieShare(), MarginStatistics()

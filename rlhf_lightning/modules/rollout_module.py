@@ -14,6 +14,7 @@ from rlhf_lightning.distributed import global_sum
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch, token_groups
 from rlhf_lightning.models.loading import load_causal_lm, load_reference
+from rlhf_lightning.models.lora import LoRA, add_adapters, merged_parameters
 from rlhf_lightning.models.offload import OffloadedModels
 from rlhf_lightning.modules.base import ModelModule
 from rlhf_lightning.modules.ppo_report import rollout_metrics, sample_rows
@@ -36,6 +37,7 @@ class RolloutModule(ModelModule):
         reward: Where scores come from.
         reference: Folder or hub name of the frozen reference; ``None`` takes a copy of the policy as it starts.
         critic: Where values come from; ``None`` is none.
+        lora: Adapters of the policy; ``None`` trains all of it.
         sampling: What to sample.
         sampler: What samples; ``None`` is ``CachedSampler()``.
         max_tokens_per_microbatch: Tokens in one forward pass of a process.
@@ -53,6 +55,7 @@ class RolloutModule(ModelModule):
         *,
         reference: str | None,
         critic: Critic | None,
+        lora: LoRA | None,
         sampling: SamplingConfig,
         sampler: Sampler | None,
         max_tokens_per_microbatch: int,
@@ -60,6 +63,7 @@ class RolloutModule(ModelModule):
         lr_scheduler: LRSchedulerCallable | None,
     ) -> None:
         super().__init__(policy, optimizer, lr_scheduler)
+        self.lora = lora
         given: object = reward  # from Python it may be anything
         if not isinstance(given, RewardSource):
             kind = type(given).__name__
@@ -89,7 +93,7 @@ class RolloutModule(ModelModule):
         """Load policy, reference, critic and reward, once."""
         if hasattr(self, "policy"):
             return
-        self.policy = load_causal_lm(self.model_name)
+        self.policy = add_adapters(load_causal_lm(self.model_name), self.lora)
         self.reference = load_reference(self.reference_name, self.policy)
         if self.critic is not None:
             self.critic.setup(self.model_name, self.policy)
@@ -228,7 +232,7 @@ class RolloutModule(ModelModule):
         if self._sampler_ready_for != ready_for:
             self.sampler.setup(self.policy, dtype=ready_for[1])
             self._sampler_ready_for = ready_for
-        self.sampler.sync(self.policy.named_parameters(), version=self.counters["updates"])
+        self.sampler.sync(merged_parameters(self.policy), version=self.counters["updates"])
 
     def _phase(self, name: str | None) -> Any:
         """Return a function that tells the progress bar how far a phase is."""

@@ -16,6 +16,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.models.export import CHECKPOINT_KEY
 from rlhf_lightning.models.loading import is_sequence_classifier, load_sequence_classifier
+from rlhf_lightning.models.lora import LoRA, add_adapters
 from rlhf_lightning.models.scalar_head import ScalarModel, ensure_distinct_pad
 from rlhf_lightning.modules.base import ModelModule
 from rlhf_lightning.modules.microbatches import MicroBatching
@@ -38,6 +39,7 @@ class ScoringModule(MicroBatching, ModelModule):
         head_std: Standard deviation of the head's first weights; ``None`` keeps those of a reward model and draws those
             of a new head with 1/√(d + 1), where d is the hidden size.
         store_score_statistics: Whether mean and standard deviation of the validation scores go into the config.
+        lora: Adapters of the model; ``None`` trains all of it.
         max_tokens_per_microbatch: Tokens in one forward pass of a process.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer, stepped once a training step; ``None`` keeps the learning rate.
@@ -50,6 +52,7 @@ class ScoringModule(MicroBatching, ModelModule):
         model: str,
         head_std: float | None,
         store_score_statistics: bool,
+        lora: LoRA | None,
         max_tokens_per_microbatch: int,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
@@ -58,7 +61,7 @@ class ScoringModule(MicroBatching, ModelModule):
         self.take_microbatches(max_tokens_per_microbatch)
         if head_std is not None and not head_std >= 0:
             raise UserError(f"head_std is {head_std}; it must be at least 0, or null for 1/sqrt(hidden size + 1).")
-        self.head_std, self.store_score_statistics = head_std, store_score_statistics
+        self.head_std, self.store_score_statistics, self.lora = head_std, store_score_statistics, lora
         self._seen_scores: list[Tensor] = []
         self._measured_at: int | None = None
         self._untrained_head = False
@@ -80,7 +83,7 @@ class ScoringModule(MicroBatching, ModelModule):
                 head: Any = model.score
                 nn.init.normal_(head.weight, std=self.head_std)
             ensure_distinct_pad(model, self.tokenizer)
-            self.scalar = ScalarModel(model)
+            self.scalar = ScalarModel(add_adapters(model, self.lora))
             self._untrained_head = not is_sequence_classifier(self.start_config())
 
     def on_validation_start(self) -> None:

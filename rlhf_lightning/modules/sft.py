@@ -11,6 +11,7 @@ from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.metrics import MaskedMean
 from rlhf_lightning.models.causal_lm import response_logprobs
 from rlhf_lightning.models.loading import load_causal_lm, load_config
+from rlhf_lightning.models.lora import LoRA, add_adapters
 from rlhf_lightning.modules.base import ModelModule
 from rlhf_lightning.modules.microbatches import MicroBatching
 
@@ -25,6 +26,7 @@ class SFTModule(MicroBatching, ModelModule):
         model: Hugging Face folder or hub name of the start, or ``builtin:demo``.
         pretrained: False draws random weights for the folder's config and keeps its tokenizer: training from scratch.
         config_overrides: Entries of the config to be changed, such as ``{hidden_size: 128}``; only with random weights.
+        lora: Adapters that are trained in place of all weights; ``null`` trains all weights.
         max_tokens_per_microbatch: Tokens, prompts included, in one forward pass of a process, at most; a longer
             sequence goes alone. More is faster and needs more memory; results change by
             rounding alone, which bf16-mixed shows.
@@ -42,6 +44,7 @@ class SFTModule(MicroBatching, ModelModule):
         model: str,
         pretrained: bool = True,
         config_overrides: dict[str, Any] | None = None,
+        lora: LoRA | None = None,
         max_tokens_per_microbatch: int = 4096,
         gradient_checkpointing: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4, weight_decay=0.0, fused=True),
@@ -50,8 +53,8 @@ class SFTModule(MicroBatching, ModelModule):
         super().__init__(model, optimizer, lr_scheduler)
         self.take_microbatches(max_tokens_per_microbatch)
         self.gradient_checkpointing = gradient_checkpointing
-        self.pretrained, self.config_overrides = pretrained, config_overrides
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.pretrained, self.config_overrides, self.lora = pretrained, config_overrides, lora
+        self.save_hyperparameters(ignore=["lora", "optimizer", "lr_scheduler"])
         # A metric of our own: self.log averages the batches' weights over processes as whole numbers, rounded down.
         self.val_loss = MaskedMean()
 
@@ -67,9 +70,8 @@ class SFTModule(MicroBatching, ModelModule):
     def configure_model(self) -> None:
         """Load or draw the weights, once."""
         if not hasattr(self, "policy"):
-            self.policy = load_causal_lm(
-                self.model_name, pretrained=self.pretrained, config_overrides=self.config_overrides
-            )
+            model = load_causal_lm(self.model_name, pretrained=self.pretrained, config_overrides=self.config_overrides)
+            self.policy = add_adapters(model, self.lora)
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         """Return the mean negative log-likelihood of the response tokens, over all processes."""

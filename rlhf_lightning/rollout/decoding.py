@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import response_lengths
+from rlhf_lightning.models.lora import merged
 from rlhf_lightning.rollout.decode_loop import DecodeLoop, can_decode, strings_completed
 from rlhf_lightning.rollout.linear import PackedLinears
 from rlhf_lightning.rollout.sampler import (
@@ -49,7 +50,7 @@ class _LocalSampler:
         """Sample from the model itself, or from a copy where another ``dtype`` is asked for."""
         self._is_copy = dtype is not None and dtype != model.dtype
         if self._is_copy:
-            self._model = copy.deepcopy(model).to(dtype).requires_grad_(False)
+            self._model = copy.deepcopy(merged(model)).to(dtype).requires_grad_(False)
             _restore_rotary_frequencies(self._model, model)
         else:
             self._model = model

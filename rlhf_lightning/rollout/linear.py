@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.models.lora import is_adapted, is_linear, is_transposed, merged_weight
+
 #: Weights with fewer numbers stay plain: a packed product costs some microseconds more to call.
 SMALLEST = 2**15
 
@@ -36,7 +38,7 @@ class PackedLinears:
         if version is None or version != self._version:
             self.release()
         self._version = version
-        exchanged = [module for module in model.modules() if can_be_packed(module)] if packing_works() else []
+        exchanged = [layer for layer in _outermost(model) if can_be_packed(layer)] if packing_works() else []
         try:
             for module in exchanged:
                 module.forward = self._packed_forward(module)
@@ -60,9 +62,10 @@ def can_be_packed(module: nn.Module) -> bool:
     """Tell whether a module is a plain linear layer in float32 on a processor, and large enough.
 
     Args:
-        module: Any; what only derives from a linear layer, such as a quantised or parametrised one, is not plain.
+        module: Any; what only derives from a linear layer, such as a quantised or parametrised one, is not plain. One
+            with an adapter is packed with it.
     """
-    if "forward" in module.__dict__ or not _is_linear(module):
+    if "forward" in module.__dict__ or not is_linear(getattr(module, "base_layer", module)):
         return False
     weight = cast("Tensor", module.weight)
     return weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() >= SMALLEST
@@ -82,17 +85,15 @@ def packing_works() -> bool:
     return torch.allclose(output, x @ weight.T + bias)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or _is_transposed(module)
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    """GPT-2's layers hold the transpose of a linear layer's weight."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+def _outermost(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield all modules but those within a layer that has an adapter, which is packed as one, merged."""
+    yield model
+    for child in () if is_adapted(model) else model.children():
+        yield from _outermost(child)
 
 
 @torch.no_grad()
 def _pack(module: Any) -> Tensor:
-    weight = module.weight.detach()
-    weight = weight.t() if _is_transposed(module) else weight
+    weight = merged_weight(module) if is_adapted(module) else module.weight.detach()
+    weight = weight.t() if is_transposed(getattr(module, "base_layer", module)) else weight
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)

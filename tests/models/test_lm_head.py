@@ -174,3 +174,33 @@ def test_a_head_of_another_kind_is_asked_as_it_is() -> None:
     head, hidden, tokens = made(torch.float32)
     expected = (2 * head(hidden)).log_softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1)
     torch.testing.assert_close(head_logprobs(Doubled(head), hidden, tokens, chunk=1).logprobs, expected)
+
+
+class OfTheWeightsSize(TorchDispatchMode):
+    """Counts the products of the weights' size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.count += isinstance(output, Tensor) and output.shape == (VOCABULARY, HIDDEN) and "mm" in str(func)
+        return output
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_frozen_head_gets_no_gradient(bias: bool) -> None:
+    """And none is computed; the hidden states' slopes are the same."""
+    found, counts = [], []
+    for frozen in (False, True):
+        head, hidden, tokens = made(torch.float32, bias)
+        head.requires_grad_(not frozen)
+        with OfTheWeightsSize() as counter:
+            head_logprobs(head, hidden, tokens, chunk=2 * VOCABULARY).logprobs.sum().backward()
+        assert hidden.grad is not None
+        found.append(hidden.grad)
+        counts.append(counter.count)
+        assert all((parameter.grad is None) == frozen for parameter in head.parameters())
+    assert torch.equal(*found)
+    assert counts == [1, 0]
