@@ -164,6 +164,30 @@ def before_adapters(model: M) -> M:
     return _without_adapters(model, merge=False)
 
 
+def share_frozen_weights(module: nn.Module) -> None:
+    """Let the models within a module share those weights of their backbones that are frozen and equal, in place.
+
+    So a critic with adapters takes no memory for the reward model, or the policy, that it starts from.
+    """
+    kept: dict[str, list[nn.Parameter]] = {}
+    models: list[Any] = [part for part in module.modules() if getattr(part, "base_model", part) is not part]
+    for backbone in (model.base_model for model in models):
+        for name, parameter in list(backbone.named_parameters()):
+            if parameter.requires_grad:
+                continue
+            known = kept.setdefault(name.replace(".base_layer.", "."), [])
+            twin = next((weight for weight in known if _same_numbers(weight, parameter)), None)
+            if twin is None:
+                known.append(parameter)
+            else:
+                owner, _, kind = name.rpartition(".")
+                setattr(backbone.get_submodule(owner), kind, twin)
+
+
+def _same_numbers(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.dtype == other.dtype and one.device == other.device and torch.equal(one, other))
+
+
 def _without_adapters(model: M, *, merge: bool) -> M:
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     plain = copy.deepcopy(model, shared)

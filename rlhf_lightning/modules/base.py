@@ -161,11 +161,14 @@ class ModelModule(LightningModule):
         if CHECKPOINT_KEY not in checkpoint:
             raise UserError("the checkpoint was not written by rlhf_lightning; give one of a run's checkpoints/.")
         self._refuse_other_adapters(checkpoint[CHECKPOINT_KEY].get("adapters", {}))
-        self._put_frozen_back(checkpoint["state_dict"])
+        for name, module in self.frozen_modules().items():
+            for key, value in module.state_dict().items():
+                checkpoint["state_dict"][f"{name}.{key}"] = value
         if self.strict_loading:
             self._refuse_other_tensors(checkpoint["state_dict"])
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._refuse_other_frozen(checkpoint[CHECKPOINT_KEY]["frozen"])
+        self._refuse_other_shared(checkpoint["state_dict"])
 
     def configure_gradient_clipping(
         self,
@@ -203,14 +206,6 @@ class ModelModule(LightningModule):
             scheduler.set_total_steps(self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _put_frozen_back(self, loaded: dict[str, Tensor]) -> None:
-        """Add the frozen models' tensors; what they share with a model in training is the checkpoint's."""
-        own = self.state_dict(keep_vars=True)
-        trained = {id(tensor): key for key, tensor in own.items() if key in loaded}
-        for key in own:
-            if key.startswith(self._frozen_prefixes()):
-                loaded[key] = loaded.get(trained.get(id(own[key]), ""), own[key].detach())
-
     def _frozen_prefixes(self) -> tuple[str, ...]:
         return tuple(f"{name}." for name in self.frozen_modules())
 
@@ -239,6 +234,20 @@ class ModelModule(LightningModule):
                 f"the checkpoint does not fit this {type(self).__name__}: {len(wrong)} tensors are missing, unknown or "
                 f"of another shape, such as {wrong[0]!r}; give one that was written with the same module and models."
             )
+
+    def _refuse_other_shared(self, loaded: dict[str, Tensor]) -> None:
+        """Refuse what would load one set of weights, which models share here, with different numbers."""
+        groups: dict[int, list[str]] = {}
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            groups.setdefault(id(tensor), []).append(name)
+        for first, *others in groups.values():
+            for other in others:
+                if not {first, other} <= loaded.keys() or torch.equal(loaded[first].cpu(), loaded[other].cpu()):
+                    continue
+                raise UserError(
+                    f"{first} and {other} share weights here, but differ in the checkpoint; it was trained with other "
+                    "models, give it those."
+                )
 
     def _log_learning_rate(self) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)

@@ -14,7 +14,7 @@ from rlhf_lightning.distributed import global_sum
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch, token_groups
 from rlhf_lightning.models.loading import load_causal_lm, load_reference
-from rlhf_lightning.models.lora import LoRA, add_adapters, merged_parameters
+from rlhf_lightning.models.lora import LoRA, adapted_layers, add_adapters, merged_parameters, share_frozen_weights
 from rlhf_lightning.models.offload import OffloadedModels
 from rlhf_lightning.modules.base import ModelModule
 from rlhf_lightning.modules.ppo_report import rollout_metrics, sample_rows
@@ -99,6 +99,8 @@ class RolloutModule(ModelModule):
             self.critic.setup(self.model_name, self.policy)
         self.reward.setup(self.tokenizer)
         self.reward.eval().requires_grad_(False)
+        if adapted_layers(self):
+            share_frozen_weights(self)
         self.stop_ids = resolve_stop_ids(self.tokenizer, self.sampling.stop_tokens)
         self.stop_strings = resolve_stop_strings(self.tokenizer, self.sampling.stop_strings)
 

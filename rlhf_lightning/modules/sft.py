@@ -7,6 +7,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from rlhf_lightning.distributed import global_sum, world_size
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.metrics import MaskedMean
 from rlhf_lightning.models.causal_lm import response_logprobs
@@ -52,6 +53,10 @@ class SFTModule(MicroBatching, ModelModule):
     ) -> None:
         super().__init__(model, optimizer, lr_scheduler)
         self.take_microbatches(max_tokens_per_microbatch)
+        if lora is not None and not pretrained:
+            raise UserError(
+                "lora is set, but pretrained is false: the random weights would stay as they are; leave it out."
+            )
         self.gradient_checkpointing = gradient_checkpointing
         self.pretrained, self.config_overrides, self.lora = pretrained, config_overrides, lora
         self.save_hyperparameters(ignore=["lora", "optimizer", "lr_scheduler"])

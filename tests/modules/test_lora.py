@@ -29,6 +29,7 @@ from rlhf_lightning.models.causal_lm import response_logprobs
 from rlhf_lightning.models.export import export_checkpoint
 from rlhf_lightning.models.lora import LoRA, adapted_layers
 from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.modules import rollout_module
 from rlhf_lightning.modules.base import ModelModule
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.kto import KTOModule
@@ -38,6 +39,7 @@ from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.modules.sft import SFTModule
 from rlhf_lightning.rollout import linear
 from rlhf_lightning.rollout.decoding import CachedSampler, TransformersSampler
+from rlhf_lightning.rollout.reward_sources import RewardModel
 from rlhf_lightning.rollout.sampler import Sampler
 
 pytest.importorskip("peft", reason="adapters need peft, which is not installed")
@@ -156,12 +158,11 @@ def test_policy_and_reference_are_one_set_of_weights(make: MakeRun, base: Any, k
     """What the module holds is the model once, the adapters, and of PPO the head of a critic on the policy's trunk."""
     module, _ = make(kind, **({"critic": TrunkCritic()} if kind == "ppo" else {}))
     module.configure_model()
-    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in module.parameters()}
-    trained = sum(p.nbytes for p in module.parameters() if p.requires_grad)
-    assert sum(storages.values()) == sum(p.nbytes for p in base.parameters()) + trained
+    held, trained = bytes_held(module)
+    assert held == sum(p.nbytes for p in base.parameters()) + trained
     other, _ = make(kind, reference=module.model_name, **({"critic": TrunkCritic()} if kind == "ppo" else {}))
     other.configure_model()
-    assert len({p.untyped_storage().data_ptr() for p in other.parameters()}) > len(storages)
+    assert bytes_held(other)[0] > held
 
 
 @torch.no_grad()
@@ -239,20 +240,61 @@ def test_a_checkpoint_of_other_adapters_is_refused(make: MakeRun, trainer: MakeT
     assert equal(loaded.state_dict(), module.state_dict())
 
 
-def test_another_base_is_refused_in_a_fit_and_replaced_elsewhere(
-    make: MakeRun, trainer: MakeTrainer, save_model: Callable[..., str], base: Any, tmp_path: Path
+def test_another_base_is_refused(
+    make: MakeRun, trainer: MakeTrainer, save_model: Callable[..., str], tmp_path: Path
 ) -> None:
-    """A checkpoint brings the weights that its adapters belong to, and so the reference too."""
+    """The weights beside the adapters are the reference too, and so cannot be both the checkpoint's and others."""
     module, data = make("dpo")
     run = trainer(max_steps=1)
     run.fit(module, **data)
     run.save_checkpoint(tmp_path / "run.ckpt")
-    other: Any
     other, data = make("dpo", start=save_model(tmp_path / "other", seed=5))
     with pytest.raises(UserError, match="the reference is not the one that the checkpoint was trained with"):
         trainer(max_steps=2).fit(other, **data, ckpt_path=tmp_path / "run.ckpt", weights_only=True)
-    trainer().validate(other, rows("dpo"), ckpt_path=tmp_path / "run.ckpt", weights_only=True, verbose=False)
-    assert torch.equal(response_logprobs(other.reference, sequences()), response_logprobs(base, sequences()))
+    with pytest.raises(UserError, match=r"policy\..* and reference\..* share weights here, but differ in the ch"):
+        trainer().validate(other, rows("dpo"), ckpt_path=tmp_path / "run.ckpt", weights_only=True, verbose=False)
+
+
+def bytes_held(module: LightningModule) -> tuple[int, int]:
+    """Return the bytes of all weights, those of one storage once, and of those that are trained."""
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in module.parameters()}
+    return sum(storages.values()), sum(p.nbytes for p in module.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("from_reward", [False, True])
+def test_a_critic_shares_the_weights_that_it_starts_from(
+    make: MakeRun, trainer: MakeTrainer, weights: Weights, reward_model: str, base: Any, from_reward: bool
+) -> None:
+    """And learns what it learns with weights of its own."""
+    scorer = AutoModelForSequenceClassification.from_pretrained(reward_model)
+    critic = functools.partial(SeparateCritic, init_from=reward_model if from_reward else None, lora=LoRA(rank=3))
+    module, data = make("ppo", critic=critic(), reward=RewardModel(reward_model))
+    module.configure_model()
+    held, trained = bytes_held(module)
+    of_reward = sum(parameter.nbytes for parameter in scorer.parameters() if parameter.dim() > 1)  # norms are all ones
+    assert held == sum(parameter.nbytes for parameter in base.parameters()) + of_reward + trained
+    trainer(max_steps=2).fit(module, **data)
+    apart, data = make("ppo", critic=critic(), reward=RewardModel(reward_model))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout_module, "share_frozen_weights", lambda module: None)
+        apart.configure_model()
+    assert bytes_held(apart)[0] > held
+    trainer(max_steps=2).fit(apart, **data)
+    assert equal(weights(module), weights(apart))
+
+
+def test_weights_that_are_trained_are_not_shared(make: MakeRun, reward_model: str) -> None:
+    module, _ = make("ppo", critic=SeparateCritic(init_from=reward_model), reward=RewardModel(reward_model))
+    module.configure_model()
+    held, trained = bytes_held(module)
+    scorer = AutoModelForSequenceClassification.from_pretrained(reward_model)
+    assert trained > sum(parameter.nbytes for parameter in scorer.parameters())
+    assert held == sum({id(p): p.nbytes for p in module.parameters()}.values())
+
+
+def test_adapters_on_random_weights_are_refused(language_model: str) -> None:
+    with pytest.raises(UserError, match="lora is set, but pretrained is false"):
+        SFTModule(language_model, pretrained=False, lora=LoRA())
 
 
 @pytest.mark.parametrize("sampler", [CachedSampler(), CachedSampler(pack_weights=False), TransformersSampler()])

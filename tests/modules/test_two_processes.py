@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from rlhf_lightning.data.prompts import PromptDataModule
 from rlhf_lightning.data.stream import BatchStream, EvalBatches
 from rlhf_lightning.distributed import global_max, leave_group
 from rlhf_lightning.models.loading import load_tokenizer
+from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.modules.sft import SFTModule
@@ -48,6 +50,7 @@ def run(world_size: int, module: LightningModule, max_steps: int, **data: Any) -
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    torch.manual_seed(0)  # adapters are drawn
     module.configure_model()
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     trainer.fit(module, **data)
@@ -73,7 +76,8 @@ def loaders(world_size: int, rank: int, examples: list[Any], collate: Any) -> di
 
 def variants() -> dict[str, dict[str, Any]]:
     """What else must not depend on the number of processes."""
-    return {
+    adapted: Any = {"lora": LoRA(2, 4.0), "critic": SeparateCritic(lora=LoRA(2, 4.0))} if find_spec("peft") else {}
+    return {"lora": adapted} | {
         "rloo": {
             "advantages": LeaveOneOut(whiten="minibatch"),
             "policy_objective": ClippedObjective(normalization=SequenceMean(), entropy_coef=0.1),
@@ -158,7 +162,9 @@ def test_two_processes_do_what_one_does(
     assert one["trunk"]["metrics"]["train/stopped_early"] == 1
     assert one["trunk"]["metrics"]["rollout/kl_coef"] != pytest.approx(0.2)
     kinds = ["ppo", *variants(), "sft", "reward"]
-    for kind, logged in zip(kinds, ["val/score"] + ["rollout/rewards"] * 4 + ["val/loss"] * 2, strict=True):
+    for kind, logged in zip(
+        kinds, ["val/score"] + ["rollout/rewards"] * len(variants()) + ["val/loss"] * 2, strict=True
+    ):
         assert logged in one[kind]["metrics"]
         assert one[kind]["metrics"].keys() == two[kind]["metrics"].keys()
         for name, value in one[kind]["metrics"].items():

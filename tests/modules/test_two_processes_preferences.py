@@ -8,6 +8,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from rlhf_lightning.data.collate import (
 )
 from rlhf_lightning.data.stream import EvalBatches
 from rlhf_lightning.distributed import leave_group
+from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.kto import KTOModule
 from rlhf_lightning.modules.rating import RatingModule
@@ -47,6 +49,7 @@ WITH_MARGINS = [MarginPairExample(*pair, 0.3 * number) for number, pair in enume
 #: What each run reports beside its loss.
 REPORTED = {
     "dpo": "train/reward_chosen",
+    "dpo_lora": "train/reward_chosen",
     "ipo": "train/reward_chosen",
     "kto": "train/kl",
     "kto_lone_rows": "train/kl",
@@ -93,7 +96,11 @@ def main(world_size: int, rank: int, policy: str, reference: str) -> dict[str, d
     torch.manual_seed(0)  # heads are drawn
     reward = RewardModule(policy, center_coef=0.1, store_score_statistics=True, **common)
     rating = RatingModule(policy, store_score_statistics=True, **common)
-    return {
+    lora = {}
+    if find_spec("peft"):
+        adapted: Any = functools.partial(DPOModule, policy, lora=LoRA(rank=2, alpha=64.0), **common)
+        lora = {"dpo_lora": run(world_size, rank, adapted(loss=SigmoidLoss(0.3)), PAIRS, collate_pairs)}
+    return lora | {
         "reward": run(world_size, rank, reward, WITH_MARGINS, collate_pairs),
         "rating": run(world_size, rank, rating, RATED, collate_labelled),
         "dpo": run(world_size, rank, dpo(loss=SigmoidLoss(0.3)), PAIRS, collate_pairs),
