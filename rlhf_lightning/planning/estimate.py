@@ -10,6 +10,7 @@ from rlhf_lightning.data.collate import PairBatch
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.lm_head import CHUNK, KEEP
 from rlhf_lightning.models.loading import load_config
+from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.modules.base import ModelModule
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.modules.reference import ReferenceModule
@@ -59,6 +60,21 @@ class Setting:
     processes: int
 
 
+@dataclass(frozen=True)
+class Model:
+    """A model of a run.
+
+    Attributes:
+        name: Its folder or hub name.
+        trace: One pass of it.
+        adapted: Whether adapters alone, and a scalar head, are trained.
+    """
+
+    name: str
+    trace: Trace
+    adapted: bool
+
+
 def estimate(module: ModelModule, data: Any, setting: Setting) -> list[Phase]:
     """Return the phases of an iteration, or of a training step.
 
@@ -86,19 +102,18 @@ def _iteration(module: PPOModule, data: Any, setting: Setting) -> list[Phase]:
     minibatch = max(1, module.minibatch_size // setting.processes)
     in_pass = _rows_of_a_pass(module.max_tokens_per_microbatch, minibatch, length)
 
-    def of(name: str, scalar: bool) -> Trace:
-        return _trace(load_config(name), scalar, module, in_pass, length, setting)
+    def of(name: str, scalar: bool, lora: LoRA | None = None) -> Model:
+        return _model(name, load_config(name), scalar, lora, module, in_pass, length, setting)
 
-    policy, reference = of(module.model_name, False), of(module.reference_name or module.model_name, False)
     separate = module.critic if isinstance(module.critic, SeparateCritic) else None
-    critic = of(separate.init_from or module.model_name, True) if separate else None
-    rewards = [of(part.path, True) for part in module.reward.modules() if isinstance(part, RewardModel)]
-    trained = [policy, *([critic] if critic else [])]
-    always = _always(trained, [reference, *rewards], module, setting)
-    score = Phase("score", dict(always))
-    if module.offload_frozen:
-        always["frozen weights"] = 0.0
-    rollout, update = Phase("rollout", dict(always)), Phase("update", always | _gradients(trained, setting))
+    models = [of(module.model_name, False, module.lora)]
+    models += [of(separate.init_from or module.model_name, True, separate.lora)] if separate else []
+    trained, policy = [model.trace for model in models], models[0].trace
+    read = [of(module.reference_name or module.model_name, False)]
+    read += [of(part.path, True) for part in module.reward.modules() if isinstance(part, RewardModel)]
+    always = _always(models, [] if module.offload_frozen else read, module, setting)
+    rollout, score = Phase("rollout", dict(always)), Phase("score", _always(models, read, module, setting))
+    update = Phase("update", always | _gradients(trained, setting))
     # With one process the critic's pass begins when the policy's is over.
     together = setting.processes > 1 or isinstance(module.critic, TrunkCritic)
     update.parts["activations"] = (sum if together else max)(each.kept for each in trained)
@@ -109,8 +124,8 @@ def _iteration(module: PPOModule, data: Any, setting: Setting) -> list[Phase]:
     head = 2.0 * rows * response * policy.embedding
     machine = setting.machine
     rollout.seconds = _decoding(policy, load_config(module.model_name), rows, response, length, setting)
-    score.seconds = (passes * sum(t.flops for t in (*trained, reference, *rewards)) + 2 * head) / machine.flops
-    flops = passes * _passes(module) * sum(each.flops for each in trained)
+    score.seconds = (passes * sum(model.trace.flops for model in (*models, *read)) + 2 * head) / machine.flops
+    flops = passes * sum(_products(each, module) * each.flops for each in trained)
     flops += _head_passes(policy, in_pass * response) * head
     steps = module.ppo_epochs * rows // minibatch
     update.seconds = module.ppo_epochs * flops / machine.flops + steps * _optimizer_step(trained, setting)
@@ -123,39 +138,39 @@ def _step(module: SFTModule | ScoringModule | ReferenceModule, data: Any, settin
     in_pass = _rows_of_a_pass(module.max_tokens_per_microbatch, rows, data.max_length, sides)
     scalar = isinstance(module, ScoringModule)
 
-    def of(config: PretrainedConfig) -> Trace:
-        return _trace(config, scalar, module, in_pass, data.max_length, setting)
+    def of(name: str, config: PretrainedConfig, lora: LoRA | None = None) -> Model:
+        return _model(name, config, scalar, lora, module, in_pass, data.max_length, setting)
 
-    model, frozen = of(module.start_config()), list[Trace]()
+    trained, read = of(module.model_name, module.start_config(), module.lora), list[Model]()
     leaves = getattr(module, "reference_cache", None) is not None
     if isinstance(module, ReferenceModule) and not module.reference_free and not leaves:
-        frozen = [of(load_config(module.reference_name or module.model_name))]
-    phase = Phase("step", _always([model], frozen, module, setting) | _gradients([model], setting))
+        name = module.reference_name or module.model_name
+        read = [of(name, load_config(name))]
+    model = trained.trace
+    phase = Phase("step", _always([trained], read, module, setting) | _gradients([model], setting))
     phase.parts["activations"] = model.kept
     head = 0 if scalar else data.max_length
     phase.parts["vocabulary head"] = _head(model, in_pass * head)
-    passes = _passes(module) * model.flops + sum(each.flops for each in frozen)
-    head_passes = _head_passes(model, in_pass * head) + len(frozen)
+    passes = _products(model, module) * model.flops + sum(each.trace.flops for each in read)
+    head_passes = _head_passes(model, in_pass * head) + len(read)
     flops = rows / in_pass * passes + 2.0 * head_passes * rows * head * model.embedding
     phase.seconds = flops / setting.machine.flops + _optimizer_step([model], setting)
     return phase
 
 
-def _trace(
-    config: PretrainedConfig, scalar: bool, module: ModelModule, rows: int, length: int, setting: Setting
-) -> Trace:
-    checkpointed = module.gradient_checkpointing
-    return trace(config, scalar=scalar, rows=rows, length=length, mixed=setting.mixed, checkpointed=checkpointed)
-
-
-def _passes(module: ModelModule) -> int:
-    """Forward passes that a forward and a backward pass of a backbone cost; one more where it is computed again."""
-    return 4 if module.gradient_checkpointing else 3
-
-
-def _head_passes(model: Trace, tokens: int) -> float:
-    """Products of head and hidden states that both cost, the share that is computed again counted twice."""
-    return 3 + max(0.0, 1 - KEEP / max(1.0, tokens * model.embedding / model.hidden))
+def _model(
+    name: str,
+    config: PretrainedConfig,
+    scalar: bool,
+    lora: LoRA | None,
+    module: ModelModule,
+    rows: int,
+    length: int,
+    setting: Setting,
+) -> Model:
+    again = module.gradient_checkpointing
+    found = trace(config, scalar=scalar, rows=rows, length=length, mixed=setting.mixed, checkpointed=again, lora=lora)
+    return Model(name, found, lora is not None)
 
 
 def _rows_of_a_pass(budget: int, rows: int, length: int, sides: int = 1) -> int:
@@ -163,20 +178,39 @@ def _rows_of_a_pass(budget: int, rows: int, length: int, sides: int = 1) -> int:
     return min(rows, max(1, budget // (length * sides)) * sides)
 
 
-def _always(trained: list[Trace], frozen: list[Trace], module: ModelModule, setting: Setting) -> dict[str, float]:
-    numbers = sum(each.parameters for each in trained)
+def _products(model: Trace, module: ModelModule) -> int:
+    """Passes that training costs: forwards, for its inputs' slopes, for its weights', and one where it is run again."""
+    return (3 if model.trained == model.parameters else 2) + module.gradient_checkpointing
+
+
+def _head_passes(model: Trace, tokens: int) -> float:
+    """Products of head and hidden states that training costs, the share that is computed again counted twice."""
+    again = max(0.0, 1 - KEEP / max(1.0, tokens * model.embedding / model.hidden))
+    return (3 if model.trained == model.parameters else 2) + again
+
+
+def _always(trained: list[Model], read: list[Model], module: ModelModule, setting: Setting) -> dict[str, float]:
+    numbers = sum(model.trace.trained for model in trained)
     return {
         "process": float(setting.machine.process),
         "trained weights": 4.0 * numbers,
         "optimizer state": optimizer_bytes(module.optimizer_factory) * numbers,
-        "frozen weights": 4.0 * sum(each.parameters for each in frozen),
+        "frozen weights": 4.0 * _frozen_numbers(trained, read),
     }
+
+
+def _frozen_numbers(trained: list[Model], read: list[Model]) -> int:
+    """Numbers of the weights that are not trained; where there are adapters, of one folder's once."""
+    adapted = [model for model in trained if model.adapted]
+    held = [(model.name, model.trace.parameters - model.trace.trained) for model in adapted]
+    held += [(model.name, model.trace.parameters) for model in read]
+    return sum(dict(held).values()) if adapted else sum(numbers for _, numbers in held)
 
 
 def _gradients(trained: list[Trace], setting: Setting) -> dict[str, float]:
     """Gradients, those that a word embedding's are added up from, and what several processes exchange them in."""
-    numbers = sum(each.parameters for each in trained)
-    largest = max(each.embedding for each in trained)
+    numbers = sum(each.trained for each in trained)
+    largest = max(each.embedding if each.trained == each.parameters else 0 for each in trained)
     return {"gradients": 4.0 * (numbers * (2 if setting.processes > 1 else 1) + 2 * largest)}
 
 
@@ -226,4 +260,4 @@ def _decoding(
 
 def _optimizer_step(trained: list[Trace], setting: Setting) -> float:
     """Seconds: AdamW reads weight, gradient and two moments, and writes three of them."""
-    return 4.0 * 7 * sum(each.parameters for each in trained) / setting.machine.bandwidth
+    return 4.0 * 7 * sum(each.trained for each in trained) / setting.machine.bandwidth

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.models.lora import LoRA, adapted_layers, add_adapters
 from rlhf_lightning.models.packed import Layout, attending_apart, checkpoint_activations
 from rlhf_lightning.rollout.linear import SMALLEST
 
@@ -20,7 +21,8 @@ class Trace:
     """One model and one forward pass of its backbone.
 
     Attributes:
-        parameters: Numbers in its weights, shared ones once.
+        parameters: Numbers in its weights, shared ones once, those of adapters among them.
+        trained: Of them, those that are trained: all, or adapters and a scalar head.
         linear: Of them, those of large linear layers, which sampling packs on a processor.
         embedding: Numbers of its word embedding.
         hidden: Size of a hidden state.
@@ -30,6 +32,7 @@ class Trace:
     """
 
     parameters: int
+    trained: int
     linear: int
     embedding: int
     hidden: int
@@ -39,7 +42,14 @@ class Trace:
 
 
 def trace(
-    config: "PretrainedConfig", *, scalar: bool, rows: int, length: int, mixed: bool, checkpointed: bool = False
+    config: "PretrainedConfig",
+    *,
+    scalar: bool,
+    rows: int,
+    length: int,
+    mixed: bool,
+    checkpointed: bool = False,
+    lora: LoRA | None = None,
 ) -> Trace:
     """Run a model's backbone on fake tensors: nothing is loaded, allocated or computed.
 
@@ -50,6 +60,7 @@ def trace(
         length: Tokens of each.
         mixed: True for bf16-mixed, False for float32.
         checkpointed: Whether activations are computed again backwards, one layer at a time.
+        lora: Adapters that it gets.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
@@ -57,8 +68,12 @@ def trace(
 
     factory = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
     layers = int(getattr(config, "num_hidden_layers", 0))
-    with FakeTensorMode(), torch.device("cpu"):
+    fake: Any = FakeTensorMode()
+    with fake, torch.device("cpu"):
         model: Any = factory.from_config(config, dtype=torch.float32).train()
+    if lora is not None:
+        _add_empty_adapters(model, lora, fake)
+    with fake, torch.device("cpu"):
         ids = torch.zeros(rows, length, dtype=torch.int64)
         with torch.autocast("cpu", torch.bfloat16) if mixed else contextlib.nullcontext():
             with FlopCounterMode(display=False) as counter:
@@ -69,7 +84,8 @@ def trace(
     embedding = model.get_input_embeddings().weight
     return Trace(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        linear=sum(m.weight.numel() for m in model.modules() if type(m) is nn.Linear and m.weight.numel() >= SMALLEST),
+        trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        linear=sum(_packed_numbers(name, module) for name, module in model.named_modules()),
         embedding=embedding.numel(),
         hidden=embedding.shape[1],
         layers=layers,
@@ -120,6 +136,23 @@ def _run(model: Any, ids: Tensor) -> None:
     positions = torch.arange(length).repeat(rows)[None]
     with attending_apart(model.config, Layout.of_sequences([length] * rows)):
         model.base_model(input_ids=ids.view(1, -1), position_ids=positions, use_cache=False)
+
+
+def _add_empty_adapters(model: Any, lora: LoRA, fake: Any) -> None:
+    """Add adapters without data; peft moves them about, which fake tensors do not bear."""
+    with torch.device("meta"):
+        add_adapters(model, lora)
+    for layer in adapted_layers(model).values():
+        for half in (*layer.lora_A.values(), *layer.lora_B.values()):
+            with fake, torch.device("cpu"):
+                half.weight = nn.Parameter(torch.empty(half.weight.shape))
+
+
+def _packed_numbers(name: str, module: nn.Module) -> int:
+    """Numbers that sampling packs of a layer; an adapter is packed with the layer that it belongs to."""
+    plain = type(module) is nn.Linear and ".lora_" not in name
+    numbers = int(module.weight.numel()) if plain else 0  # type: ignore[operator]
+    return numbers if numbers >= SMALLEST else 0
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
 
 from rlhf_lightning.__main__ import main
 from rlhf_lightning.algorithm.critics import SeparateCritic, TrunkCritic
@@ -16,6 +17,7 @@ from rlhf_lightning.data.preferences import PreferenceDataModule
 from rlhf_lightning.data.prompts import PromptDataModule
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.loading import load_tokenizer
+from rlhf_lightning.models.lora import LoRA, add_adapters
 from rlhf_lightning.models.packed import Layout, _packed, checkpoint_activations
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.ppo import PPOModule
@@ -225,3 +227,42 @@ def test_mistakes_end_in_one_line(
 
 def test_a_phase_adds_up() -> None:
     assert Phase("update", {"a": 1.0, "b": 2.5}).total == 3.5
+
+
+def adapted(folder: str, *, scalar: bool = False, rank: int = 4) -> tuple[int, int]:
+    """Return how many numbers adapters leave frozen, and how many they, and a scalar head, have."""
+    model: Any = (AutoModelForSequenceClassification if scalar else AutoModelForCausalLM).from_pretrained(folder)
+    add_adapters(model, LoRA(rank))
+    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad == trained) for trained in (False, True)]
+    return counts[0], counts[1]
+
+
+@pytest.mark.skipif(not find_spec("peft"), reason="adapters need peft, which is not installed")
+def test_adapters_leave_one_set_of_weights(folders: tuple[str, str]) -> None:
+    """Policy and reference are one, critic and reward another; without, there are four."""
+    policy, scorer = folders
+    critic = SeparateCritic(scorer, lora=LoRA(4))
+    (frozen, trained), (of_critic, by_critic) = adapted(policy), adapted(scorer, scalar=True)
+    rollout, score, update = estimate(ppo(folders, lora=LoRA(4), critic=critic), prompts(), ALONE)
+    full = estimate(ppo(folders, critic=SeparateCritic(scorer)), prompts(), ALONE)
+    for phase in (rollout, score, update):
+        assert phase.parts["trained weights"] == 4 * (trained + by_critic)
+        assert phase.parts["optimizer state"] == 8 * (trained + by_critic)
+        assert phase.parts["frozen weights"] == pytest.approx(4 * (frozen + of_critic), rel=1e-3)  # a head more
+    assert update.parts["gradients"] == 4 * (trained + by_critic)
+    assert rollout.parts["copy for sampling"] == full[0].parts["copy for sampling"]  # merged
+    assert update.seconds < full[2].seconds
+    (alone,) = estimate(DPOModule(policy, lora=LoRA(4)), pairs(), ALONE)
+    assert alone.parts["frozen weights"] == 4 * weights(folders)[0]
+    (named,) = estimate(DPOModule(policy, lora=LoRA(4), reference=scorer), pairs(), ALONE)
+    assert named.parts["frozen weights"] == 4 * (frozen + weights(folders)[0])
+
+
+@pytest.mark.skipif(not find_spec("peft"), reason="adapters need peft, which is not installed")
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_trace_with_adapters_is_what_a_real_pass_keeps(name: str, make_model: Callable[..., PreTrainedModel]) -> None:
+    model = add_adapters(make_model(name).train(), LoRA(4))
+    found = trace(model.config, scalar=False, rows=3, length=20, mixed=False, lora=LoRA(4))
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert found.trained == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert found.kept == pytest.approx(kept_by_a_real_pass(model, 3, 20), rel=0.01)
