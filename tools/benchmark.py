@@ -8,6 +8,7 @@ PPO against TRL 1.12, the last release that has it, the others against 1.16, eac
     bench/bin/python tools/benchmark.py --work dpo --shape FOLDER --pairs FILE --sides trl_default:8 trl:8 ours:8
     bench/bin/python tools/benchmark.py --shape FOLDER --mean_length 48 --response 128
     bench/bin/python tools/benchmark.py --shape FOLDER --change hidden_size=192 num_hidden_layers=8 --critic trunk
+    bench/bin/python tools/benchmark.py --shape FOLDER --sides ours:8 lora:8
 
 FOLDER holds a config.json of a Llama and a tokenizer; weights are random and so are prompts. A side is a name and the
 rows of a micro-batch in its update, ours as many tokens as so many rows of full length have. Sides take turns within

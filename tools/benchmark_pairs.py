@@ -32,13 +32,14 @@ class OurPairs(Side):
     """``RewardModule`` or ``DPOModule`` under a Lightning Trainer; a micro-batch has the tokens of its rows at most."""
 
     checkpointing = False
+    rank: int | None = None
 
     def train(self) -> None:
         """Make as many steps as there are rounds."""
         from lightning.pytorch import Callback, Trainer
         from torch.utils.data import DataLoader
 
-        from rlhf_lightning import DPOModule, RewardModule
+        from rlhf_lightning import DPOModule, LoRA, RewardModule
 
         side = self
 
@@ -53,12 +54,19 @@ class OurPairs(Side):
         module = kind(
             str(self.models / start),
             max_tokens_per_microbatch=self.micro_batch * self.options.max_length,
+            lora=LoRA(rank=self.rank) if self.rank else None,
             gradient_checkpointing=self.checkpointing,
             optimizer=optimizer,
         )
         batches: Any = [collate_pairs(rows, pad_id=0) for rows in self.data]
         trainer = Trainer(**trainer_settings(self.options, [Turns()], len(self.data)))
         trainer.fit(module, DataLoader(batches, batch_size=None))
+
+
+class AdaptedPairs(OurPairs):
+    """The same by adapters."""
+
+    rank = 16
 
 
 class PeerPairs(Side):
@@ -145,6 +153,7 @@ class CheckpointedPeerPairs(PeerPairs):
 PAIR_SIDES: dict[str, type[Side]] = {
     "ours": OurPairs,
     "ours_checkpointed": OurCheckpointedPairs,
+    "lora": AdaptedPairs,
     "trl": PeerPairs,
     "trl_default": CheckpointedPeerPairs,
 }

@@ -112,6 +112,8 @@ def trainer_settings(options: argparse.Namespace, callbacks: list[Any], max_step
 class Ours(Side):
     """``PPOModule`` under a Lightning Trainer."""
 
+    rank: int | None = None
+
     def train(self) -> None:
         """Train for as many iterations as there are batches of prompts."""
         from lightning.pytorch import Callback, Trainer
@@ -136,17 +138,20 @@ class Ours(Side):
         trainer.fit(module, DataLoader(batches, batch_size=None))
 
     def _module(self) -> Any:
-        from rlhf_lightning import PPOModule
+        from rlhf_lightning import LoRA, PPOModule
         from rlhf_lightning.algorithm.critics import Critic, SeparateCritic, TrunkCritic
         from rlhf_lightning.rollout.reward_sources import RewardModel
         from rlhf_lightning.rollout.sampler import SamplingConfig
 
         options, reward = self.options, str(self.models / "reward")
-        critic: Critic = TrunkCritic() if options.critic == "trunk" else SeparateCritic(init_from=reward)
+        lora = LoRA(rank=self.rank) if self.rank else None
+        trunk = options.critic == "trunk"
+        critic: Critic = TrunkCritic() if trunk else SeparateCritic(init_from=reward, lora=lora)
         least = 0 if options.mean_length else options.response
         return PPOModule(
             str(self.models / "policy"),
             RewardModel(reward, batch_size=options.batch),
+            lora=lora,
             critic=critic,
             sampling=SamplingConfig(max_new_tokens=options.response, min_new_tokens=least),
             ppo_epochs=options.epochs,
@@ -154,6 +159,12 @@ class Ours(Side):
             max_tokens_per_microbatch=self.micro_batch * (options.prompt + options.response),
             optimizer=lambda params: torch.optim.AdamW(params, lr=1e-6, eps=1e-5, weight_decay=0.0, fused=True),
         )
+
+
+class Adapted(Ours):
+    """The same by adapters of policy and critic."""
+
+    rank = 16
 
 
 class Peer(Side):
@@ -248,4 +259,4 @@ class Peer(Side):
         )
 
 
-PPO_SIDES: dict[str, type[Side]] = {"ours": Ours, "trl": Peer}
+PPO_SIDES: dict[str, type[Side]] = {"ours": Ours, "lora": Adapted, "trl": Peer}

@@ -101,7 +101,7 @@ def optimizer_bytes(factory: Callable[[list[nn.Parameter]], torch.optim.Optimize
         >>> optimizer_bytes(lambda weights: torch.optim.AdamW(weights, lr=0.1))
         8.0
     """
-    weight = nn.Parameter(torch.zeros(64, 64))
+    weight = nn.Parameter(torch.zeros(512, 512))  # large enough that tables of a fixed size do not count
     optimizer = factory([weight])
     weight.grad = torch.ones_like(weight)
     optimizer.step()
