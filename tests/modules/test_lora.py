@@ -352,7 +352,7 @@ def test_the_cut_into_passes_changes_nothing(make: MakeRun, trainer: MakeTrainer
         torch.testing.assert_close(tensor, results[1][name], rtol=1e-4, atol=1e-6)
 
 
-def test_a_kept_reference_says_the_same(
+def test_a_kept_reference_says_the_same_and_comes_back_without_a_copy(
     language_model: str, trainer: MakeTrainer, weights: Weights, tmp_path: Path
 ) -> None:
     from rlhf_lightning.data.preferences import PreferenceDataModule
@@ -365,6 +365,8 @@ def test_a_kept_reference_says_the_same(
         trainer(max_epochs=2).fit(module, datamodule=PreferenceDataModule("builtin:demo/train", **sizes))
         assert hasattr(module, "reference") == (cache is None)
         results.append({name: t for name, t in weights(module).items() if name.startswith("policy.")})
+    trainer().validate(module, rows("dpo"), verbose=False)  # rows that it does not know bring the reference back
+    assert bytes_held(module)[0] == sum(parameter.nbytes for parameter in module.policy.parameters())
     for found in results[1:]:
         for name, tensor in found.items():
             torch.testing.assert_close(tensor, results[0][name], rtol=1e-3, atol=1e-4)
