@@ -113,6 +113,7 @@ class Ours(Side):
     """``PPOModule`` under a Lightning Trainer."""
 
     rank: int | None = None
+    offloading = False
 
     def train(self) -> None:
         """Train for as many iterations as there are batches of prompts."""
@@ -155,6 +156,7 @@ class Ours(Side):
             critic=critic,
             sampling=SamplingConfig(max_new_tokens=options.response, min_new_tokens=least),
             ppo_epochs=options.epochs,
+            offload_frozen=self.offloading,
             minibatch_size=options.batch // options.minibatches,
             max_tokens_per_microbatch=self.micro_batch * (options.prompt + options.response),
             optimizer=lambda params: torch.optim.AdamW(params, lr=1e-6, eps=1e-5, weight_decay=0.0, fused=True),
@@ -165,6 +167,12 @@ class Adapted(Ours):
     """The same by adapters of policy and critic."""
 
     rank = 16
+
+
+class Offloading(Ours):
+    """The same with its frozen models out of memory while nothing is scored."""
+
+    offloading = True
 
 
 class Peer(Side):
@@ -259,4 +267,4 @@ class Peer(Side):
         )
 
 
-PPO_SIDES: dict[str, type[Side]] = {"ours": Ours, "lora": Adapted, "trl": Peer}
+PPO_SIDES: dict[str, type[Side]] = {"ours": Ours, "ours_offloading": Offloading, "lora": Adapted, "trl": Peer}
