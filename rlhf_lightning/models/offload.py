@@ -26,13 +26,16 @@ class OffloadedModels:
     Args:
         models: Their weights never change.
         folder: Where the file is made, on a processor.
+        beside: Models that are used all the time; weights that these have too, as those beside adapters, stay.
 
     Raises:
         UserError: If the folder has no room for it.
     """
 
-    def __init__(self, models: Iterable[nn.Module], folder: str | Path) -> None:
+    def __init__(self, models: Iterable[nn.Module], folder: str | Path, beside: Iterable[nn.Module] = ()) -> None:
+        staying = {id(each) for model in beside for each in (*model.parameters(), *model.buffers())}
         tensors = {id(each): each for model in models for each in (*model.parameters(), *model.buffers())}
+        tensors = {number: each for number, each in tensors.items() if number not in staying}
         self._resident = [each for each in tensors.values() if each.device.type == "cpu" and each.numel()]
         self._moved = [each for each in tensors.values() if each.device.type != "cpu"]
         self._map = self._write(Path(folder)) if self._resident else None

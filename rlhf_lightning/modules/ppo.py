@@ -139,7 +139,9 @@ class PPOModule(RolloutModule):
         super().on_fit_start()
         check_configuration(self)
         if self.offload_frozen:
-            self._offloaded = OffloadedModels(self.frozen_modules().values(), self.trainer.default_root_dir)
+            trained = [self.policy, *([] if self.critic is None else [self.critic])]
+            frozen = self.frozen_modules().values()
+            self._offloaded = OffloadedModels(frozen, self.trainer.default_root_dir, beside=trained)
         self._self_checked = False
         self.train()
 
