@@ -186,9 +186,9 @@ def draw_tokens(
     """
     logits = logits.float()
     if config.min_new_tokens:
-        barred = logits.index_fill(1, stop_ids, -torch.inf)
-        early = torch.as_tensor(step, device=logits.device) < config.min_new_tokens
-        logits = torch.where(early.view(-1, 1), barred, logits)
+        early = torch.as_tensor(step, device=logits.device).view(-1, 1) < config.min_new_tokens
+        stops = logits[:, stop_ids].masked_fill(early, -torch.inf)
+        logits = logits.index_copy(1, stop_ids, stops)
     if config.temperature == 0:
         largest, tokens = logits.max(dim=-1)
         return tokens, largest - largest  # 0, the log of 1; NaN where the logits are not finite
