@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +38,19 @@ class OffloadedModels:
         tensors = {id(each): each for model in models for each in (*model.parameters(), *model.buffers())}
         tensors = {number: each for number, each in tensors.items() if number not in staying}
         self._resident = [each for each in tensors.values() if each.device.type == "cpu" and each.numel()]
-        self._moved = [each for each in tensors.values() if each.device.type != "cpu"]
+        # Buffers are small, and DistributedDataParallel sends them about before each pass.
+        on_device = [each for each in tensors.values() if each.device.type != "cpu"]
+        self._moved = [each for each in on_device if isinstance(each, nn.Parameter)]
         self._map = self._write(Path(folder)) if self._resident else None
         self._devices = [each.device for each in self._moved]
         self._hosted = [each.detach().to("cpu", copy=True) for each in self._moved]
         if torch.cuda.is_available():
             self._hosted = [each.pin_memory() for each in self._hosted]
         self._let_go()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave nothing of a mapped file in a copy, whose models have weights of their own."""
+        return type(None), ()
 
     @contextmanager
     def at_hand(self) -> Iterator[None]:

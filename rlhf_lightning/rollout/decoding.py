@@ -50,7 +50,8 @@ class _LocalSampler:
         """Sample from the model itself, or from a copy where another ``dtype`` is asked for."""
         self._is_copy = dtype is not None and dtype != model.dtype
         if self._is_copy:
-            self._model = copy.deepcopy(merged(model)).to(dtype).requires_grad_(False)
+            # In train mode one whose activations are checkpointed takes no cache.
+            self._model = copy.deepcopy(merged(model)).to(dtype).requires_grad_(False).eval()
             _restore_rotary_frequencies(self._model, model)
         else:
             self._model = model

@@ -1,5 +1,6 @@
 """What saves memory in PPO changes no bit of its results, alone or together with adapters."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,16 @@ MakeTrainer = Callable[..., Trainer]
 Weights = Callable[[LightningModule], dict[str, Tensor]]
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("critic", [SeparateCritic, TrunkCritic])
 def test_checkpointing_changes_no_bit(
-    ppo: MakePPO, prompts: MakePrompts, trainer: MakeTrainer, weights: Weights, critic: type[Critic]
+    ppo: MakePPO, prompts: MakePrompts, trainer: MakeTrainer, weights: Weights, critic: type[Critic], precision: Any
 ) -> None:
     """Responses included, which a model in train mode could not decode with its activations checkpointed."""
     results, responses = [], []
     for checkpointing in (False, True):
         module = ppo(critic=critic(), gradient_checkpointing=checkpointing)
-        trainer(max_steps=2).fit(module, datamodule=prompts(8))
+        trainer(max_steps=2, precision=precision).fit(module, datamodule=prompts(8))
         networks = [module.policy, *([module.critic] if critic is SeparateCritic else [])]
         flags = [any(getattr(m, "gradient_checkpointing", False) for m in net.modules()) for net in networks]
         assert set(flags) == {checkpointing}
@@ -37,6 +39,16 @@ def test_checkpointing_changes_no_bit(
     assert responses[0] == responses[1]
     for name, tensor in results[0].items():
         assert torch.equal(results[1][name], tensor)
+
+
+def test_a_module_with_offloaded_models_can_be_copied(
+    ppo: MakePPO, prompts: MakePrompts, trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    module = ppo(offload_frozen=True)
+    trainer(max_steps=1, default_root_dir=tmp_path).fit(module, datamodule=prompts(8))
+    twin = copy.deepcopy(module)
+    for mine, other in zip(module.reference.parameters(), twin.reference.parameters(), strict=True):
+        assert torch.equal(mine, other)
 
 
 def test_offloaded_models_change_no_bit(
