@@ -63,8 +63,8 @@ class _PairShare(Metric):
             ValueError: If the shapes differ or are not (batch,).
         """
         _check_pairs(type(self).__name__, chosen, rejected)
-        self.points += self._points(chosen, rejected).sum()
-        self.pairs += chosen.numel()
+        self.points = self.points + self._points(chosen, rejected).sum()
+        self.pairs = self.pairs + chosen.numel()
 
     def compute(self) -> Tensor:
         """Return the share over every pair of every process, a scalar."""
@@ -217,8 +217,8 @@ class MaskedMean(Metric):
             )
             raise ValueError(msg)
         number = number.to(values.device)
-        self.total += torch.where(number > 0, values * number, 0.0).sum()
-        self.count += number.sum()
+        self.total = self.total + torch.where(number > 0, values * number, 0.0).sum()
+        self.count = self.count + number.sum()
 
     def compute(self) -> Tensor:
         """Return the mean over every process, a scalar; NaN where nothing counted."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torchmetrics import Metric
 
 from rlhf_lightning.metrics import MarginStatistics, MaskedMean, RewardAccuracy, TieShare
 
@@ -20,6 +21,18 @@ def test_accuracy_counts_a_tie_as_half() -> None:
     metric = RewardAccuracy()
     metric.update(CHOSEN, REJECTED)
     assert metric.compute().item() == pytest.approx(ACCURACY)
+
+
+@pytest.mark.parametrize("metric", [RewardAccuracy(), TieShare(), MarginStatistics(), MaskedMean()])
+def test_after_a_validation_a_fit_can_go_on(metric: Metric) -> None:
+    """Lightning validates in inference mode, whose tensors take no change in place afterwards."""
+    values = (CHOSEN,) if isinstance(metric, MaskedMean) else (CHOSEN, REJECTED)
+    with torch.inference_mode():
+        metric.update(*values)
+        before = metric.compute()
+        metric.reset()
+    metric.update(*values)
+    assert str(metric.compute()) == str(before)
 
 
 def test_a_constant_scorer_has_accuracy_one_half_and_only_ties() -> None:
