@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from rlhf_lightning.functional.logprobs import entropy_from_logits, logprobs_from_logits
@@ -112,6 +113,7 @@ class _FusedHead(torch.autograd.Function):
         return chosen - normalizer, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, logprob_slopes: Tensor, entropy_slopes: Tensor) -> Any:
         hidden, weight, bias, tokens, normalizer, entropy, kept = ctx.saved_tensors
         dtype, temperature, through_entropy = ctx.settings
@@ -147,15 +149,16 @@ def _places(tokens: int, vocabulary: int, keep: int, chunk: int) -> tuple[list[s
 
 
 def _tiles(logits: Tensor) -> list[slice]:
-    """Return the rows that are worked on at a time: all, but on a processor as many as its cache holds."""
-    rows = max(1, _TILE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-    return [slice(at, min(at + rows, len(logits))) for at in range(0, len(logits), max(1, rows))]
+    """Return the rows that are worked on at a time: on a processor as many as its cache holds, else a chunk."""
+    rows = max(1, (_TILE if logits.device.type == "cpu" else CHUNK) // logits.shape[1])
+    return [slice(at, min(at + rows, len(logits))) for at in range(0, len(logits), rows)]
 
 
 def _normalize(logits: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
     """Turn logits into probabilities in place; return their logsumexp and entropy, nats, 0 unless wanted."""
     largest = logits.amax(dim=1, keepdim=True)
-    powers = logits.sub_(largest).exp()
+    # Where a logit is -inf, a power of 0 times it would be NaN.
+    powers = logits.sub_(largest).clamp_(min=torch.finfo(logits.dtype).min).exp()
     total = powers.sum(dim=1)
     entropy = total.log() - torch.linalg.vecdot(powers, logits) / total if with_entropy else torch.zeros_like(total)
     torch.div(powers, total[:, None], out=logits)

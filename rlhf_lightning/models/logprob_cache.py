@@ -28,7 +28,7 @@ class LogprobCache:
     def __init__(self, folder: str | Path, *, model: str, precision: str) -> None:
         self.folder = Path(folder) / f"{blake2b(model.encode(), digest_size=8).hexdigest()}-{precision}"
         make_folder(self.folder, setting=_SETTING)
-        self.model = model
+        self.model, self.precision = model, precision
         self._found: dict[bytes, Tensor] = {}
         self._new: dict[bytes, Tensor] = {}
         self.load()

@@ -182,6 +182,8 @@ def share_frozen_weights(module: nn.Module) -> None:
             else:
                 owner, _, kind = name.rpartition(".")
                 setattr(backbone.get_submodule(owner), kind, twin)
+    for model in models:
+        model.tie_weights()  # a head that was one with the embedding
 
 
 def _same_numbers(one: Tensor, other: Tensor) -> bool:

@@ -5,6 +5,7 @@ transformers finds its attention function by a name in the model's config. While
 and it lets each sequence attend to itself; so no architecture is written again.
 """
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -59,13 +60,14 @@ class Layout:
             layout.add(row, 0, length)
         return layout
 
-    def add(self, row: int, first: int, length: int, prompt: int | None = None) -> int:
-        """Put a piece behind the others and return its number; one of no tokens is left out."""
-        if length:
-            self.rows.append(row)
-            self.firsts.append(first)
-            self.lengths.append(length)
-            self.prompts.append(prompt)
+    def add(self, row: int, first: int, length: int, prompt: int | None = None) -> int | None:
+        """Put a piece behind the others and return its number; one of no tokens is left out and has none."""
+        if not length:
+            return None
+        self.rows.append(row)
+        self.firsts.append(first)
+        self.lengths.append(length)
+        self.prompts.append(prompt)
         return len(self.rows) - 1
 
     def tokens(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -125,7 +127,7 @@ def _find_sharing(batch: SequenceBatch) -> Sharing | None:
 
 def _lay_out(batch: SequenceBatch, sharing: Sharing | None) -> Layout:
     """Lay out the rows of a batch in their order, each prompt and each response at the first row that has it."""
-    layout, pieces = Layout(), dict[int, int]()
+    layout, pieces = Layout(), dict[int, int | None]()
     rows = list(range(len(batch.lengths)))
     owners, wholes = sharing or (rows, rows)
     shared = {owner for row, owner in enumerate(owners) if owner != row}
@@ -224,6 +226,8 @@ def _probe(backbone: Any) -> bool:
     if getattr(config, "_attn_implementation", None) != "sdpa" or getattr(config, "attention_chunk_size", None):
         return False
     weight = backbone.get_input_embeddings().weight
+    if weight.dtype != torch.float32:  # whose rounding would hide that a fresh model's convolutions look across
+        backbone = copy.deepcopy(backbone).float()
     ids = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [7, 8, 0, 0, 0, 0, 0], [0, 1, 2, 9, 8, 0, 0]], device=weight.device)
     ids %= len(weight)
     prompts, responses = torch.tensor([[3, 1, 3], [4, 1, 2]], device=weight.device)
@@ -243,8 +247,7 @@ def _probe(backbone: Any) -> bool:
     windows = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     if getattr(config, "sliding_window", None) and windows and not layout.told_window:
         return False  # most windows are longer than the probe, which then cannot see that ours ignores them
-    bound = 1e-4 if weight.dtype == torch.float32 else 0.05
-    return one.shape == other.shape and bool((one - other).norm() <= bound * one.norm())
+    return one.shape == other.shape and bool((one - other).norm() <= 1e-4 * one.norm())
 
 
 @contextmanager

@@ -232,13 +232,16 @@ class DPOModule(ReferenceModule):
 
     @torch.no_grad()
     def _reference_says(self, batch: SequenceBatch) -> Tensor:
-        kept = None if self._cache is None else self._cache.get(batch)
+        cache = self._cache
+        if cache is not None and cache.precision != str(self.trainer.precision):  # that of a fit before
+            cache = None
+        kept = None if cache is None else cache.get(batch)
         if kept is not None:
             return kept
         self._load_reference_again()
         logprobs = response_logprobs(self.reference, batch)
-        if self._cache is not None:
-            self._cache.put(batch, logprobs)
+        if cache is not None:
+            cache.put(batch, logprobs)
         return logprobs
 
     def _load_reference_again(self) -> None:

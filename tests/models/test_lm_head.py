@@ -90,6 +90,26 @@ def _with_entropy(head: nn.Linear, hidden: Tensor, tokens: Tensor) -> HeadOutput
     return head_logprobs(head, hidden, tokens, with_entropy=True, entropy_gradient=True)
 
 
+def test_a_word_that_a_bias_bars_leaves_the_entropy_finite() -> None:
+    head, hidden, tokens = made(torch.float32)
+    with torch.no_grad():
+        head.bias[2] = -torch.inf
+    tokens = tokens.masked_fill(tokens == 2, 1)
+    logprobs = head(hidden).log_softmax(dim=-1)
+    expected = -(logprobs.exp() * logprobs).nan_to_num(0.0).sum(dim=-1)
+    found = _with_entropy(head, hidden, tokens)
+    assert found.entropy is not None
+    torch.testing.assert_close(found.entropy, expected, rtol=1e-5, atol=1e-5)
+    assert all(torch.isfinite(slope).all() for slope in slopes(head, hidden, found))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    head, hidden, tokens = made(torch.float32)
+    total = head_logprobs(head, hidden, tokens).logprobs.sum()
+    [first] = torch.autograd.grad(total, [hidden], create_graph=True)
+    assert not first.requires_grad  # the kept probabilities would count as constants
+
+
 def test_a_second_backward_pass_is_refused() -> None:
     """The kept probabilities have become slopes; other gradients must not come in silence."""
     head, hidden, tokens = made(torch.float32)

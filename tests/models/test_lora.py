@@ -22,6 +22,7 @@ from rlhf_lightning.models.lora import (
     merged,
     merged_parameters,
     merged_weight,
+    share_frozen_weights,
 )
 from rlhf_lightning.models.packed import packable
 
@@ -165,3 +166,13 @@ def test_merging_is_not_rounded_by_autocast(make_model: MakeModel) -> None:
         assert torch.equal(merged_weight(layer), inside := merged_weight(layer))
         assert inside.dtype == torch.float32
     assert torch.equal(merged_weight(layer), inside)
+
+
+def test_sharing_keeps_a_head_and_its_embedding_one(make_model: MakeModel) -> None:
+    """The reward model comes first, whose embedding the policy takes over; its head is the same tensor."""
+    policy, scorer = make_model("tied_llama"), make_model("tied_llama", scalar=True)
+    scorer.base_model.load_state_dict(policy.base_model.state_dict())
+    add_adapters(policy, LoRA(rank=2))
+    share_frozen_weights(nn.ModuleList([scorer.requires_grad_(False), policy]))
+    assert policy.get_input_embeddings().weight is scorer.get_input_embeddings().weight
+    assert policy.get_output_embeddings().weight is policy.get_input_embeddings().weight

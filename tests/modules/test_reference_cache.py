@@ -269,3 +269,20 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(UserError, match=rf"reference_cache: '.*{file.name}' is damaged .*; delete it"):
         LogprobCache(tmp_path, model="a", precision="32-true")
+
+
+def test_what_was_said_in_another_precision_does_not_count(
+    language_model: str,
+    save_model: Callable[..., str],
+    pairs: Callable[..., PreferenceDataModule],
+    trainer: MakeTrainer,
+    tmp_path: Path,
+) -> None:
+    reference = save_model(tmp_path / "reference", seed=5)
+    module = dpo(language_model, reference, tmp_path / "cache")
+    trainer(max_epochs=1, precision="bf16-mixed").fit(module, datamodule=pairs())
+    fresh = dpo(language_model, reference, None)
+    fresh.configure_model()
+    fresh.policy.load_state_dict(module.policy.state_dict())
+    [found], [expected] = (trainer().validate(each, datamodule=pairs(), verbose=False) for each in (module, fresh))
+    assert found == expected
