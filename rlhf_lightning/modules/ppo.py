@@ -28,6 +28,7 @@ from rlhf_lightning.modules.ppo_checks import (
     check_critic_parts,
     check_first_minibatch,
     check_numbers,
+    check_sampler,
 )
 from rlhf_lightning.modules.ppo_report import Stopwatch, UpdateSums, rollout_metrics, sample_rows
 from rlhf_lightning.modules.rollout_module import RolloutModule
@@ -158,7 +159,8 @@ class PPOModule(RolloutModule):
             rollout = self.score(batch, samples, sequences, groups=plan, report="score")
             experience = self.estimate(rollout)
         if not self._self_checked:
-            self._log_once(check_first_minibatch(self, rollout, experience))
+            checks = check_first_minibatch(self, rollout, experience)
+            self._log_once(checks | check_sampler(self, samples, rollout))
             self._self_checked = True
         with watch("update"):
             sums = self.update(experience)

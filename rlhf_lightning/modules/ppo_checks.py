@@ -14,6 +14,7 @@ from rlhf_lightning.models.loading import context_length, refuse_foreign_tokens
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.rollout.collect import Rollout
 from rlhf_lightning.rollout.reward_sources import RewardModel, RewardSource
+from rlhf_lightning.rollout.sampler import Samples
 
 if TYPE_CHECKING:
     from rlhf_lightning.algorithm.advantages import AdvantageEstimator
@@ -25,6 +26,8 @@ log = logging.getLogger("rlhf_lightning")
 #: How far the first ratio may be from 1, and the first KL from 0, by precision. In float32 the two passes differ by
 #: rounding alone; in bf16 one rounding of a logit near 10 is 0.03.
 RATIO_TOLERANCE = {"32-true": 1e-5, "bf16-mixed": 0.2}
+#: By how many nats a token the sampler's own log-probabilities may be off in the mean; its bf16 copy rounds anew.
+SAMPLER_TOLERANCE = {"32-true": 1e-3, "bf16-mixed": 0.1}
 
 
 def check_numbers(
@@ -189,6 +192,36 @@ def check_first_minibatch(module: "PPOModule", rollout: Rollout, experience: "Ex
     approx_kl, _ = global_mean_var(torch.expm1(log_ratio) - log_ratio, mask)
     _judge(module, max_error=float(max_error), approx_kl=float(approx_kl), ref_kl=float(ref_kl))
     return {"check/max_ratio_error": max_error, "check/approx_kl": approx_kl, "check/max_ref_kl": ref_kl}
+
+
+def check_sampler(module: "PPOModule", samples: Samples, rollout: Rollout) -> dict[str, Tensor]:
+    """Compare what the sampler says of its tokens with what the policy says of them in one pass, and warn of a gap.
+
+    Nothing else would show that a sampler's copy of the policy reads without its cache, or holds other weights. Tokens
+    are left out whose distribution was cut on purpose: all under ``top_k`` and ``top_p``, and early ones under
+    ``min_new_tokens``.
+
+    Returns:
+        ``check/sampler_gap``: the mean of their absolute difference, nats; nothing where no token is comparable.
+    """
+    config, mask = module.sampling, samples.tokens.new_zeros(samples.tokens.shape, dtype=torch.bool)
+    if not config.top_k and config.top_p == 1:
+        mask[:, config.min_new_tokens : rollout.old_logprobs.shape[1]] = True
+    width = rollout.old_logprobs.shape[1]
+    mask = mask[:, :width] & rollout.sequences.response_mask
+    gap, _ = global_mean_var((samples.logprobs[:, :width] - rollout.old_logprobs).abs(), mask)
+    if not torch.isfinite(gap):
+        return {}
+    tolerance = SAMPLER_TOLERANCE[str(module.trainer.precision)]
+    if gap > tolerance:
+        log.warning(
+            "self-check: the sampler's log-probabilities differ from the policy's by %.2g nats a token (at most %g "
+            "expected): %s may hold other weights, or read otherwise than the policy.",
+            float(gap),
+            tolerance,
+            type(module.sampler).__name__,
+        )
+    return {"check/sampler_gap": gap}
 
 
 def _judge(module: "PPOModule", *, max_error: float, approx_kl: float, ref_kl: float) -> None:

@@ -19,8 +19,9 @@ from rlhf_lightning.data.prompts import PromptDataModule
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.rollout.collect import Rollout
+from rlhf_lightning.rollout.decoding import CachedSampler
 from rlhf_lightning.rollout.reward_sources import RewardModel, WeightedSum
-from rlhf_lightning.rollout.sampler import SamplingConfig
+from rlhf_lightning.rollout.sampler import Samples, SamplingConfig
 
 MakePPO = Callable[..., PPOModule]
 MakePrompts = Callable[..., PromptDataModule]
@@ -251,7 +252,10 @@ def test_self_check_of_a_sound_run(
 ) -> None:
     with caplog.at_level(logging.INFO, logger="rlhf_lightning"):
         trainer(max_steps=2, logger=recorder).fit(ppo(), datamodule=prompts())
+    [gap] = recorder.values.pop("check/sampler_gap")
+    assert 0 < gap < 1e-5  # it rounds otherwise, token by token
     assert checks(recorder) == {"check/max_ratio_error": [0.0], "check/approx_kl": [0.0], "check/max_ref_kl": [0.0]}
+    assert not any("sampler" in message for message in caplog.messages)
     assert any("self-check: max |ratio - 1| 0.0e+00" in message for message in caplog.messages)
 
 
@@ -263,6 +267,34 @@ def test_self_check_under_autocast_stays_within_its_bound(
     assert 0 <= found["check/max_ratio_error"][0] <= 0.2
     assert 0 <= found["check/approx_kl"][0] <= 0.2**2
     assert 0 <= found["check/max_ref_kl"][0] <= 0.2
+
+
+class Forgetful(CachedSampler):
+    """It reads without the first prompt token."""
+
+    def sample(self, *prompts: Any, **options: Any) -> Samples:
+        return super().sample(*(each[:, 1:] for each in prompts), **options)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "told"),
+    [({}, True), ({"top_k": 5}, None), ({"top_p": 0.9}, None), ({"min_new_tokens": 6}, None)],
+    ids=str,
+)
+def test_self_check_warns_of_a_sampler_that_reads_otherwise(
+    ppo: MakePPO,
+    prompts: MakePrompts,
+    trainer: MakeTrainer,
+    recorder: Any,
+    caplog: pytest.LogCaptureFixture,
+    sampling: dict[str, Any],
+    told: bool | None,
+) -> None:
+    """Where the sampler cuts the distribution on purpose nothing can be compared."""
+    module = ppo(sampler=Forgetful(), sampling=SamplingConfig(max_new_tokens=6, **sampling))
+    trainer(max_steps=1, logger=recorder).fit(module, datamodule=prompts())
+    assert any("Forgetful may hold other weights" in message for message in caplog.messages) == bool(told)
+    assert ("check/sampler_gap" in recorder.values) == bool(told)
 
 
 def test_self_check_runs_once_a_fit(ppo: MakePPO, prompts: MakePrompts, trainer: MakeTrainer, recorder: Any) -> None:
