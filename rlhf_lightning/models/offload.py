@@ -1,7 +1,9 @@
-"""Frozen models whose weights leave memory while nobody asks them anything."""
+"""Memory for other uses: frozen models that leave it while nobody asks them anything, and what was freed."""
 
+import ctypes
 import mmap
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -93,3 +95,13 @@ class OffloadedModels:
 
 def _copied(tensor: Tensor, memory: Tensor) -> Tensor:
     return memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def return_freed_memory() -> None:
+    """Give memory that was freed back to the system, which glibc keeps for later; elsewhere nothing is done.
+
+    Gradients of millions of numbers are allocated in pieces small enough for it to keep, and other phases need theirs.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -21,7 +21,7 @@ from rlhf_lightning.functional.losses import ValueLoss, token_mean_weights
 from rlhf_lightning.functional.sequences import token_groups
 from rlhf_lightning.models.causal_lm import ResponsePass, response_pass
 from rlhf_lightning.models.lora import LoRA
-from rlhf_lightning.models.offload import OffloadedModels
+from rlhf_lightning.models.offload import OffloadedModels, return_freed_memory
 from rlhf_lightning.modules.manual import accumulating, clip_and_step, counted_as_one_step
 from rlhf_lightning.modules.ppo_checks import (
     check_configuration,
@@ -165,6 +165,7 @@ class PPOModule(RolloutModule):
         with watch("update"):
             sums = self.update(experience)
             self._optimizer().zero_grad(set_to_none=True)  # as large as the weights, and of no use to the next rollout
+            return_freed_memory()
         self._finish_iteration(rollout, experience, sums, watch)
 
     def estimate(self, rollout: Rollout) -> Experience:

@@ -1,5 +1,6 @@
 """Weights that leave memory are the same when they come back, and the memory is free meanwhile."""
 
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -68,3 +69,28 @@ def test_from_a_gpu_weights_go_to_the_host_and_back(tmp_path: Path) -> None:
     with models.at_hand():
         assert torch.equal(layer(x), expected)
     assert layer.weight.device.type == "cpu"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and asks glibc")
+def test_what_was_freed_goes_back_to_the_system() -> None:
+    """Pieces of 1 MiB between others that stay, as gradients lie among moments."""
+    program = """
+import torch
+from rlhf_lightning.models.offload import return_freed_memory
+from tests.models.test_offload import resident
+del_me = torch.ones(2**22)  # 16 MiB: once such a piece is freed, glibc keeps smaller ones
+del del_me
+pieces = [torch.ones(2**18) for _ in range(256)]
+kept = pieces[::2]
+before = resident()
+del pieces
+held = resident()
+return_freed_memory()
+print(before - held, before - resident())
+"""
+    root = str(Path(__file__).parents[2])
+    printed = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
+    ).stdout
+    held_back, given_back = map(int, printed.split())
+    assert given_back > 0.9 * 128 * 2**20 > held_back + 64 * 2**20
