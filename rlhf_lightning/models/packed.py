@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch, length_mask
+from rlhf_lightning.models.gradients import embedding_in_place
 
 log = logging.getLogger(__name__)
 
@@ -101,14 +102,16 @@ def hidden_states_at(backbone: Any, batch: SequenceBatch, rows: Tensor, columns:
     sharing = _find_sharing(batch) if ids.device.type in _LOOPS_ON else None
     full = sharing is None and int(batch.lengths.sum()) == ids.numel()
     if full or not packable(backbone):
-        return _padded(backbone, ids)[rows, columns]
+        with embedding_in_place(backbone):
+            return _padded(backbone, ids)[rows, columns]
     layout = _lay_out(batch, sharing)
     taken = layout.tokens(ids.device)
     places = torch.zeros_like(ids).index_put(taken, torch.arange(len(taken[0]), device=ids.device))
     if sharing is not None:
         owners, wholes = (torch.tensor(each)[rows] for each in sharing)
         rows = torch.where(columns < batch.prompt_lengths[rows], owners, wholes)
-    return _packed(backbone, ids, layout)[places[rows, columns]]
+    with embedding_in_place(backbone):
+        return _packed(backbone, ids, layout)[places[rows, columns]]
 
 
 def _find_sharing(batch: SequenceBatch) -> Sharing | None:

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import re
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,9 +15,11 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from rlhf_lightning.distributed import world_size
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.models.export import CHECKPOINT_KEY, pack_model, write_model_folder
+from rlhf_lightning.models.gradients import adding_in_place
 from rlhf_lightning.models.loading import load_config, load_tokenizer
 from rlhf_lightning.models.lora import adapter_settings, describe_adapters
 from rlhf_lightning.models.packed import checkpoint_trained_models
@@ -109,6 +112,11 @@ class ModelModule(LightningModule):
         """Refuse a batch of another kind before it ends in an error further down, and put Lightning's counts right."""
         check_batch(self, batch)
         count_begun_epoch(self.trainer)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Run the backward pass; large gradients are added where they arise, unless processes exchange them."""
+        with adding_in_place() if world_size() == 1 else nullcontext():
+            super().backward(loss, *args, **kwargs)
 
     def frozen_modules(self) -> dict[str, nn.Module]:
         """Return the sub-modules that are never trained, by attribute name; they stay out of checkpoints."""

@@ -1,5 +1,6 @@
 """Memory and time of each phase of a run, part by part."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +9,7 @@ from transformers import PretrainedConfig
 from rlhf_lightning.algorithm.critics import SeparateCritic, TrunkCritic
 from rlhf_lightning.data.collate import PairBatch
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.lm_head import CHUNK, KEEP
+from rlhf_lightning.models.lm_head import KEEP, TILES
 from rlhf_lightning.models.loading import load_config
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.modules.base import ModelModule
@@ -21,7 +22,7 @@ from rlhf_lightning.planning.tracing import Trace, optimizer_bytes, trace
 from rlhf_lightning.rollout.decoding import CachedSampler
 from rlhf_lightning.rollout.reward_sources import RewardModel
 
-_HEAD_TENSORS = 4  # of a chunk's logits: themselves, their exponentials, slopes, and a copy on the way
+_HEAD_TENSORS = 3  # of a tile's logits: themselves, their exponentials or slopes, and a copy on the way
 _SMALL_OPERATIONS = 15  # a layer and token step
 
 
@@ -117,8 +118,8 @@ def _iteration(module: PPOModule, data: Any, setting: Setting) -> list[Phase]:
     # With one process the critic's pass begins when the policy's is over.
     together = setting.processes > 1 or isinstance(module.critic, TrunkCritic)
     update.parts["activations"] = (sum if together else max)(each.kept for each in trained)
-    update.parts["vocabulary head"] = _head(policy, in_pass * response)
-    score.parts["vocabulary head"] = _head(policy, in_pass * response) / 2
+    update.parts["vocabulary head"] = _head(policy, in_pass * response, setting)
+    score.parts["vocabulary head"] = _head(policy, in_pass * response, setting) / 2
     rollout.parts |= _sampling(module, policy, rows, length, setting)
     passes = rows / in_pass  # of an epoch
     head = 2.0 * rows * response * policy.embedding
@@ -150,7 +151,7 @@ def _step(module: SFTModule | ScoringModule | ReferenceModule, data: Any, settin
     phase = Phase("step", _always([trained], read, module, setting) | _gradients([model], setting))
     phase.parts["activations"] = model.kept
     head = 0 if scalar else data.max_length
-    phase.parts["vocabulary head"] = _head(model, in_pass * head)
+    phase.parts["vocabulary head"] = _head(model, in_pass * head, setting)
     passes = _products(model, module) * model.flops + sum(each.trace.flops for each in read)
     head_passes = _head_passes(model, in_pass * head) + len(read)
     flops = rows / in_pass * passes + 2.0 * head_passes * rows * head * model.embedding
@@ -211,13 +212,17 @@ def _gradients(trained: list[Trace], setting: Setting) -> dict[str, float]:
     """Gradients, those that a word embedding's are added up from, and what several processes exchange them in."""
     numbers = sum(each.trained for each in trained)
     largest = max(each.embedding if each.trained == each.parameters else 0 for each in trained)
-    return {"gradients": 4.0 * (numbers * (2 if setting.processes > 1 else 1) + 2 * largest)}
+    in_place = setting.processes == 1 and _device(setting) == "cpu"
+    return {"gradients": 4.0 * (numbers * (2 if setting.processes > 1 else 1) + (0 if in_place else 2 * largest))}
 
 
-def _head(model: Trace, tokens: int) -> float:
+def _head(model: Trace, tokens: int, setting: Setting) -> float:
     logits = tokens * model.embedding // model.hidden
-    at_once = min(logits, KEEP)
-    return 4.0 * (at_once + min(logits - at_once, CHUNK) + (_HEAD_TENSORS - 1) * min(logits, CHUNK))
+    return 4.0 * (min(logits, KEEP) + _HEAD_TENSORS * min(logits, math.prod(TILES[_device(setting)])))
+
+
+def _device(setting: Setting) -> str:
+    return "cuda" if setting.machine.launch else "cpu"
 
 
 def _sampling(module: PPOModule, policy: Trace, rows: int, length: int, setting: Setting) -> dict[str, float]:
@@ -225,12 +230,7 @@ def _sampling(module: PPOModule, policy: Trace, rows: int, length: int, setting:
     size = 2.0 if setting.mixed else 4.0
     copy = size * policy.parameters if setting.mixed else 0.0
     sampler = module.sampler
-    if (
-        setting.machine.launch == 0
-        and not setting.mixed
-        and isinstance(sampler, CachedSampler)
-        and sampler.pack_weights
-    ):
+    if _device(setting) == "cpu" and not setting.mixed and isinstance(sampler, CachedSampler) and sampler.pack_weights:
         copy = 4.0 * policy.linear + 4.0 * policy.embedding
     at_once = min(rows, getattr(sampler, "decode_batch_size", None) or rows)
     cache = size * at_once * length * policy.layers * 2 * _key_value_size(config)

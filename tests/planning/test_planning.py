@@ -125,7 +125,7 @@ def test_an_iteration_by_hand(folders: tuple[str, str]) -> None:
         assert phase.parts["process"] == 1000
     assert rollout.parts["keys and values"] == 4 * 16 * 64 * 2 * 2 * 128  # rows, tokens, layers, both, numbers
     assert "gradients" not in rollout.parts
-    assert update.parts["gradients"] == 4 * (policy + scorer + 2 * 500 * 256)
+    assert update.parts["gradients"] == 4 * (policy + scorer)
     kept = trace(LlamaConfig.from_pretrained(folders[0]), scalar=False, rows=8, length=64, mixed=False).kept
     assert update.parts["activations"] == pytest.approx(kept)  # of one network at a time
     assert update.seconds > score.seconds > 0 < rollout.seconds
