@@ -10,14 +10,15 @@ PPO against TRL 1.12, the last release that has it, the others against 1.16, eac
     bench/bin/python tools/benchmark.py --shape FOLDER --change hidden_size=192 num_hidden_layers=8 --critic trunk
     bench/bin/python tools/benchmark.py --shape FOLDER --sides ours:8 lora:8
 
-FOLDER holds a config.json of a Llama and a tokenizer; weights are random and so are prompts. A side is a name and the
-rows of a micro-batch in its update, ours as many tokens as so many rows of full length have. Sides take turns within
-one process, iteration by iteration, the first of each counting for nothing; ratios are those of the first side's
-seconds over another's in the same round. Clock: CPU seconds of the process on a processor, which other jobs on the
-machine disturb least (``--clock wall`` for wall time, which is what a GPU gets). Floor: what the bare matrix products
-of scoring and update take, of the same sizes and in the same rounds; a side's ratio to it says how much is left to be
-gained. Memory: each side once more, alone in a process of its own, as the largest resident size, or on a GPU the most
-that its allocator held.
+FOLDER holds a config.json of a Llama and a tokenizer; weights are random and so are prompts. Responses that stop do so
+at lengths drawn beforehand, the same on all sides, all rounds with the same ones in another order. A side is a name
+and the rows of a micro-batch in its update, ours as many tokens as so many rows of full length have. Sides take turns
+within one process, iteration by iteration, the first of each counting for nothing; ratios are those of the first
+side's seconds over another's in the same round. Clock: CPU seconds of the process on a processor, which other jobs on
+the machine disturb least (``--clock wall`` for wall time, which is what a GPU gets). Floor: what the bare matrix
+products of scoring and update take, of the same sizes and in the same rounds; a side's ratio to it says how much is
+left to be gained. Memory: each side once more, alone in a process of its own, as the largest resident size, or on a
+GPU the most that its allocator held.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--response", type=int, default=64, help="tokens of a response, at most")
-    parser.add_argument("--mean_length", type=int, help="responses stop by chance at about this length; else never")
+    parser.add_argument("--mean_length", type=int, help="mean length of responses, which stop as planned; else never")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=["cpu", "wall"], default="cpu")
@@ -94,38 +95,12 @@ def write_models(options: argparse.Namespace, models: Path) -> int:
     config.update({name: int(value) for name, value in (change.split("=") for change in options.change)})
     config.update({"pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id, "dtype": "float32"})
     policy = AutoModelForCausalLM.from_config(config)
-    if options.mean_length:
-        stop_at_about(policy, tokenizer.eos_token_id, options.mean_length)
     config.num_labels = 1
     reward = AutoModelForSequenceClassification.from_config(config)
     for name, model in {"policy": policy, "reward": reward}.items():
         model.save_pretrained(models / name)
         tokenizer.save_pretrained(models / name)
     return sum(parameter.numel() for parameter in policy.parameters())
-
-
-def stop_at_about(policy: object, eos: int, mean_length: int) -> None:
-    """Give a random Llama the same chance of the end token everywhere, 1 in ``mean_length``.
-
-    The first channel of the residual stream is made a constant that no layer writes to; the end token's logit reads it.
-    """
-    import torch
-
-    model: object = policy
-    with torch.no_grad():
-        embedding = model.get_input_embeddings().weight  # type: ignore[attr-defined]
-        head = model.get_output_embeddings().weight  # type: ignore[attr-defined]
-        embedding[:, 0] = 1.0
-        for layer in model.model.layers:  # type: ignore[attr-defined]
-            layer.self_attn.o_proj.weight[0] = 0
-            layer.mlp.down_proj.weight[0] = 0
-        ids = torch.randint(10, len(embedding), (4, 32))
-        hidden = model.model(ids).last_hidden_state.flatten(0, 1)  # type: ignore[attr-defined]
-        logits = hidden @ head.T
-        own = logits[:, eos].clone()
-        logits[:, eos] = -torch.inf
-        wanted = logits.logsumexp(dim=1) - torch.tensor(mean_length - 1.0).log()
-        head[eos, 0] += (wanted - own).mean() / hidden[:, 0].mean()
 
 
 def run_turns(options: argparse.Namespace, models: Path) -> tuple[dict[str, list[dict[str, float]]], dict[str, float]]:

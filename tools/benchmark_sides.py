@@ -6,6 +6,8 @@ then trained in one process in turns, and what slows the machine down for a whil
 
 import argparse
 import functools
+import json
+import math
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -14,6 +16,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def planned_lengths(options: argparse.Namespace) -> torch.Tensor:
+    """Return at which token each response ends, shape (rounds, batch).
+
+    They are the quantiles of a geometric distribution cut off at the longest response, in an order of each round's own,
+    so that all rounds do the same work; its parameter is such that their mean is ``mean_length``.
+    """
+    shares = (torch.arange(options.batch, dtype=torch.float64) + 0.5) / options.batch
+    low, high = 1.0, 100.0 * options.response
+    for _ in range(60):
+        middle = (low + high) / 2
+        lengths = (torch.log1p(-shares) / math.log1p(-1 / middle)).ceil().clamp(1, options.response)
+        low, high = (middle, high) if lengths.mean() < options.mean_length else (low, middle)
+    generator = torch.Generator().manual_seed(2)
+    orders = [torch.randperm(options.batch, generator=generator) for _ in range(options.rounds + 1)]
+    return torch.stack([lengths.long()[order] for order in orders])
+
+
+#: Of the thread of a side: ``lengths`` at which the responses of the iteration at hand are to stop, or ``None``.
+_PLAN = threading.local()
+
+
+def stop_as_planned(eos: int) -> None:
+    """Let our decode loop end each response at the length that is planned for it."""
+    from rlhf_lightning.rollout import decode_loop, decoding
+
+    class Planned(decode_loop.DecodeLoop):
+        def _draw(self, logits: Any, rows: Any, drawn: Any, done: Any) -> tuple[Any, Any]:
+            tokens, over = super()._draw(logits, rows, drawn, done)
+            if _PLAN.lengths is None:
+                return tokens, over
+            ends = (drawn + 1 == _PLAN.lengths[rows]) & ~done
+            self.tokens[rows[ends], drawn[ends]] = eos
+            self.finished[rows[ends]] = True
+            return tokens.masked_fill(ends, eos), over | ends
+
+    decoding.DecodeLoop = Planned  # type: ignore[misc]
 
 
 class Side(ABC):
@@ -113,7 +153,7 @@ class Ours(Side):
     """``PPOModule`` under a Lightning Trainer."""
 
     rank: int | None = None
-    offloading = False
+    offloading = trunk = False
 
     def train(self) -> None:
         """Train for as many iterations as there are batches of prompts."""
@@ -126,12 +166,15 @@ class Ours(Side):
 
         class Turns(Callback):
             def on_train_batch_start(self, *_: Any) -> None:
+                _PLAN.lengths = None if planned is None else planned[len(side.lengths)]
                 side.halt()
 
+        planned = planned_lengths(self.options) if self.options.mean_length else None
         module = self._module()
         self._after(
             module, "sample", "generation", lambda result: self.lengths.append(result[0].lengths.float().mean())
         )
+        stop_as_planned(json.loads((self.models / "policy" / "config.json").read_text())["eos_token_id"])
         self._after(module, "estimate", "scoring")
         full = torch.ones_like(self.data[0]).bool()
         batches: Any = [PromptBatch(ids, full, [""] * len(ids), [{}] * len(ids)) for ids in self.data]
@@ -146,15 +189,14 @@ class Ours(Side):
 
         options, reward = self.options, str(self.models / "reward")
         lora = LoRA(rank=self.rank) if self.rank else None
-        trunk = options.critic == "trunk"
+        trunk = self.trunk or options.critic == "trunk"
         critic: Critic = TrunkCritic() if trunk else SeparateCritic(init_from=reward, lora=lora)
-        least = 0 if options.mean_length else options.response
         return PPOModule(
             str(self.models / "policy"),
             RewardModel(reward, batch_size=options.batch),
             lora=lora,
             critic=critic,
-            sampling=SamplingConfig(max_new_tokens=options.response, min_new_tokens=least),
+            sampling=SamplingConfig(max_new_tokens=options.response, min_new_tokens=options.response),
             ppo_epochs=options.epochs,
             offload_frozen=self.offloading,
             minibatch_size=options.batch // options.minibatches,
@@ -173,6 +215,12 @@ class Offloading(Ours):
     """The same with its frozen models out of memory while nothing is scored."""
 
     offloading = True
+
+
+class Trunk(Offloading):
+    """The same with a critic that reads the policy's hidden states: another algorithm, of half the work."""
+
+    trunk = True
 
 
 class Peer(Side):
@@ -201,7 +249,8 @@ class Peer(Side):
                     side.halt()
 
         trainer = self._trainer(ppo_trainer, Turns())
-        self._after(ppo_trainer, "batch_generation", "generation", self._note_lengths)
+        self._planned = planned_lengths(self.options) if self.options.mean_length else None
+        self._after(ppo_trainer, "batch_generation", "generation", self._end_and_note_lengths)
         accumulate, marked = trainer.accelerator.accumulate, -1
 
         def first_of_an_iteration(*models: Any) -> Any:
@@ -214,8 +263,12 @@ class Peer(Side):
         trainer.accelerator.accumulate = first_of_an_iteration
         trainer.train()
 
-    def _note_lengths(self, result: Any) -> None:
+    def _end_and_note_lengths(self, result: Any) -> None:
+        """End the responses where planned, in place; TRL generates all of them to the end and cuts them there."""
         responses = result[0][:, self.options.prompt :]
+        if self._planned is not None:
+            lengths = self._planned[len(self.lengths)].to(responses.device)
+            responses.scatter_(1, lengths[:, None] - 1, self._eos)
         ended = (responses == self._eos).long().cumsum(dim=1)
         self.lengths.append(float(((ended - (responses == self._eos).long()) == 0).sum(dim=1).float().mean()))
 
@@ -267,4 +320,10 @@ class Peer(Side):
         )
 
 
-PPO_SIDES: dict[str, type[Side]] = {"ours": Ours, "ours_offloading": Offloading, "lora": Adapted, "trl": Peer}
+PPO_SIDES: dict[str, type[Side]] = {
+    "ours": Ours,
+    "ours_offloading": Offloading,
+    "ours_trunk": Trunk,
+    "lora": Adapted,
+    "trl": Peer,
+}

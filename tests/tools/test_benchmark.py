@@ -1,4 +1,4 @@
-"""The benchmark's own side takes turns and says where its time went; random models stop as often as they are told."""
+"""The benchmark's own side takes turns and says where its time went; responses stop where they are told to."""
 
 import argparse
 import importlib
@@ -11,7 +11,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.models.loading import resolve_model
 
@@ -32,18 +31,18 @@ def options(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> argparse.Names
     return tool.parse()
 
 
-def test_a_random_model_stops_with_the_chance_that_is_asked_for(
-    tool: ModuleType, options: argparse.Namespace, tmp_path: Path
+def test_planned_lengths_have_the_mean_and_are_alike_in_all_rounds(
+    tool: ModuleType, options: argparse.Namespace
 ) -> None:
-    parameters = tool.write_models(options, tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
-    assert parameters == sum(weights.numel() for weights in model.parameters())
-    eos = json.loads((tmp_path / "policy" / "config.json").read_text())["eos_token_id"]
-    torch.manual_seed(0)
-    with torch.no_grad():
-        chances = model(torch.randint(10, model.config.vocab_size, (8, 16))).logits.softmax(dim=-1)[..., eos]
-    assert chances.mean().item() == pytest.approx(1 / 5, rel=0.05)
-    assert 0.1 < float(chances.min()) < float(chances.max()) < 0.4  # without it 1 in some hundreds
+    sides = importlib.import_module("benchmark_sides")
+    options.batch, options.response, options.mean_length = 32, 128, 48
+    lengths = sides.planned_lengths(options)
+    assert lengths.shape == (3, 32)
+    assert lengths[0].double().mean().item() == pytest.approx(48, abs=0.5)
+    assert (int(lengths.min()), int(lengths.max())) == (1, 128)
+    assert (lengths == 128).sum() < 3 * 6  # most of them stop
+    assert all(torch.equal(row.sort().values, lengths[0].sort().values) for row in lengths)
+    assert not torch.equal(lengths[0], lengths[1])
 
 
 def test_our_side_makes_one_iteration_a_turn(
@@ -63,7 +62,8 @@ def test_our_side_makes_one_iteration_a_turn(
         assert min(parts) > 0
         assert sum(parts) == pytest.approx(phases["iteration"])
     assert sum(phases["iteration"] for phases in seconds["ours:2"]) < spent
-    assert 1 <= lengths["ours:2"] <= 12
+    planned = importlib.import_module("benchmark_sides").planned_lengths(options)
+    assert lengths["ours:2"] == pytest.approx(planned[0].double().mean().item())  # of responses that end as planned
     capsys.readouterr()
     tool.report(options, 1234, seconds, lengths, {"ours:2": 100.0}, floors)
     table = capsys.readouterr().out.splitlines()
