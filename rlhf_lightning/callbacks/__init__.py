@@ -1,6 +1,7 @@
-"""What happens beside training: progress, samples, charts, predictions and the exported model."""
+"""What happens beside training: progress, samples, charts, guards, predictions and the exported model."""
 
 from rlhf_lightning.callbacks.charts import ChartLayout
+from rlhf_lightning.callbacks.collapse import KLBudget, LengthDrift, RepetitionGuard, RewardDivergence
 from rlhf_lightning.callbacks.export import ExportModel
 from rlhf_lightning.callbacks.predictions import PredictionFile
 from rlhf_lightning.callbacks.progress import PhaseProgressBar
@@ -11,9 +12,13 @@ from rlhf_lightning.callbacks.unfinished import UnfinishedWarning
 __all__ = [
     "ChartLayout",
     "ExportModel",
+    "KLBudget",
+    "LengthDrift",
     "ModelLine",
     "PhaseProgressBar",
     "PredictionFile",
+    "RepetitionGuard",
+    "RewardDivergence",
     "SampleTable",
     "UnfinishedWarning",
 ]

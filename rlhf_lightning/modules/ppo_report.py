@@ -11,6 +11,7 @@ from torch import Tensor
 from rlhf_lightning.distributed import global_mean_var, global_sum, world_size
 from rlhf_lightning.functional.losses import PolicyLoss, ValueLoss
 from rlhf_lightning.functional.masked import masked_sum
+from rlhf_lightning.functional.repetition import repeated_fraction
 from rlhf_lightning.rollout.collect import Rollout
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def rollout_metrics(
         "kl": (rollout.old_logprobs - rollout.ref_logprobs).sum(dim=1),
         "response_length": mask.sum(dim=1).float(),
         "finished_fraction": rollout.finished.float(),
+        "repetition": repeated_fraction(rollout.sequences.response_tokens, mask),
         "sampler_gap": gap.abs().sum(dim=1) / mask.sum(dim=1),
     }
     if rewards is not None:

@@ -181,7 +181,7 @@ class RolloutModule(ModelModule):
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Log score, KL and length of responses to held-out prompts; the draws are the same each time."""
         rollout = self._evaluate(batch)
-        names = ("score", "kl", "response_length", "finished_fraction")
+        names = ("score", "kl", "response_length", "finished_fraction", "repetition")
         metrics = rollout_metrics(rollout, prefix="val", names=names)
         # Weighted by the rows of all processes: Lightning averages the weights as whole numbers, rounded down.
         rows = int(global_sum(torch.tensor(len(batch.prompts), device=self.device)))

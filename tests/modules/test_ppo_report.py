@@ -154,9 +154,19 @@ def test_rollout_metrics() -> None:
             "rollout/kl_per_token": 3.0 / 4,
             "rollout/response_length": 2.0,
             "rollout/finished_fraction": 0.5,
+            "rollout/repetition": 0.0,
             "rollout/sampler_gap": ((0.0 + 0.3 + 0.6) / 3 + 0.5) / 2,
         }
     )
+
+
+def test_repetition_counts_the_tokens_of_each_response() -> None:
+    ids = torch.tensor([[9, 1, 1, 1, 1, 1, 1], [9, 1, 2, 3, 4, 5, 0]])
+    sequences = SequenceBatch(ids, torch.tensor([1, 1]), torch.tensor([6, 5]))
+    zeros = torch.zeros(2, 6)
+    names = ("old_logprobs", "ref_logprobs", "old_values", "sampler_logprobs")
+    metrics = rollout_metrics(rollout(sequences=sequences, **dict.fromkeys(names, zeros)), prefix="val")
+    assert metrics["val/repetition"].item() == pytest.approx((2 / 3 + 0) / 2)
 
 
 def test_the_spread_of_scores_far_from_zero_keeps_its_digits() -> None:
