@@ -62,6 +62,15 @@ def any_process(*answers: bool) -> list[bool]:
     return [bool(answer) for answer in yes]
 
 
+def first_text(text: str) -> str:
+    """Return the first text that is not empty, in the order of the processes; the same on each."""
+    if not is_distributed():
+        return text
+    texts: list[str] = [""] * world_size()
+    torch.distributed.all_gather_object(texts, text, _cpu_group(torch.distributed.group.WORLD))
+    return next(filter(None, texts), "")
+
+
 @functools.lru_cache(maxsize=1)
 def _cpu_group(world: Any) -> Any:
     """Return a group of all processes that passes tensors on the CPU; one is made where the main one does not."""

@@ -7,6 +7,7 @@ from torch import distributed, multiprocessing
 
 from rlhf_lightning.distributed import (
     any_process,
+    first_text,
     gather_rows,
     global_max,
     global_mean_var,
@@ -28,6 +29,7 @@ def test_one_process_is_the_whole_world() -> None:
     assert global_sum(NUMBERS) is NUMBERS
     assert global_max(NUMBERS) is NUMBERS
     assert any_process(True, False) == [True, False]
+    assert first_text("mine") == "mine"
     assert gather_rows(NUMBERS)[0] is NUMBERS
     assert gather_rows(NUMBERS)[1].tolist() == [0, 1]
     mean, var = global_mean_var(NUMBERS, MASK)
@@ -54,6 +56,7 @@ def _one_of_two(rank: int, folder: str) -> None:
         "max_with_nan": global_max(torch.tensor([1.0, 5.0 if rank else torch.nan])),
         "mine": mine.tolist(),
         "any": [any_process(True, False, rank == 1), any_process(rank == 0)],
+        "texts": [first_text(str(rank)), first_text("late" * rank), first_text("")],
         # Of five rows dealt out in turn the first process has three.
         "rows": [part.tolist() for part in gather_rows(FIVE[rank::2])],
         "moments": [float(result) for result in global_mean_var(NUMBERS[rank], MASK[rank])],
@@ -76,6 +79,7 @@ def test_two_processes_agree_on_the_statistics_of_both() -> None:
             assert results["max_with_nan"][1].isnan()
             assert results["rows"] == [FIVE.tolist(), [[0, 2, 4], [1, 3]][rank]]
             assert results["any"] == [[True, False, True], [True]]
+            assert results["texts"] == ["0", "late", ""]
             assert results["mine"] == NUMBERS[rank].tolist()  # left as it was
             # Not the mean of the means, (7 / 3 + 9) / 2, nor the mean of the variances.
             assert results["moments"] == [4, 9.5]

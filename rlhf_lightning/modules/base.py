@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from rlhf_lightning.models.loading import load_config, load_tokenizer
 from rlhf_lightning.models.lora import adapter_settings, describe_adapters
 from rlhf_lightning.models.packed import checkpoint_trained_models
 from rlhf_lightning.modules.data_checks import check_batch, check_data
+from rlhf_lightning.modules.nonfinite import NonFiniteSteps, gradient_norm, refuse_nonfinite, trained_weights
 from rlhf_lightning.modules.restarts import count_begun_epoch
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class ModelModule(LightningModule):
         super().__init__()
         self.model_name = model_name
         self.optimizer_factory, self.lr_scheduler_factory = optimizer, lr_scheduler
+        self.nonfinite = NonFiniteSteps()
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
@@ -98,7 +100,17 @@ class ModelModule(LightningModule):
             warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode")
 
     def on_fit_start(self) -> None:
-        """Set up the checkpointing of activations, and say where steps will be lost in the weights' rounding."""
+        """Set up the checkpointing of activations, and say where steps will be lost in the weights' rounding.
+
+        Raises:
+            UserError: If a weight, trained or frozen, is not finite.
+        """
+        refuse_nonfinite(
+            self.state_dict(),
+            "{} before training; the model folder or checkpoint that it comes from is damaged, or its training has "
+            "diverged. Give another.",
+        )
+        self.nonfinite.begin()
         if self.gradient_checkpointing:
             checkpoint_trained_models(self)
         if str(self.trainer.precision) in ("bf16-true", "16-true"):
@@ -117,6 +129,23 @@ class ModelModule(LightningModule):
         """Run the backward pass; large gradients are added where they arise, unless processes exchange them."""
         with adding_in_place() if world_size() == 1 else nullcontext():
             super().backward(loss, *args, **kwargs)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Take note of the loss."""
+        self.nonfinite.watch(loss)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log how many steps have been skipped."""
+        self.log("train/nonfinite_steps", float(self.nonfinite.count), on_step=True, on_epoch=False)
+
+    def on_train_end(self) -> None:
+        """Refuse to end well a run in which no step was taken, or whose last one ended in weights that are not finite.
+
+        Raises:
+            UserError: In that case; no model is exported then.
+        """
+        self.nonfinite.refuse_nothing_learnt()
+        self.nonfinite.refuse_weights(self)
 
     def frozen_modules(self) -> dict[str, nn.Module]:
         """Return the sub-modules that are never trained, by attribute name; they stay out of checkpoints."""
@@ -148,7 +177,16 @@ class ModelModule(LightningModule):
         return self
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen models out, and add what an export needs."""
+        """Leave the frozen models out, and add what an export needs.
+
+        Raises:
+            UserError: If a weight is not finite, so that no such checkpoint takes the place of a good one.
+        """
+        refuse_nonfinite(
+            trained_weights(self),
+            f"{{}} after {checkpoint['global_step']} steps, so no checkpoint is written; lower the learning rate or "
+            "clip the gradients, and go on from the one before.",
+        )
         state, prefixes = checkpoint["state_dict"], self._frozen_prefixes()
         checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith(prefixes)}
         packed = pack_model(self.export_prefix, self.exported_model, self.tokenizer)
@@ -157,6 +195,7 @@ class ModelModule(LightningModule):
             "frozen": frozen,
             "adapters": adapter_settings(self),
             "module": type(self).__name__,
+            "nonfinite_steps": self.nonfinite.count,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -169,6 +208,7 @@ class ModelModule(LightningModule):
         if CHECKPOINT_KEY not in checkpoint:
             raise UserError("the checkpoint was not written by rlhf_lightning; give one of a run's checkpoints/.")
         self._refuse_other_adapters(checkpoint[CHECKPOINT_KEY].get("adapters", {}))
+        self.nonfinite.count = checkpoint[CHECKPOINT_KEY].get("nonfinite_steps", 0)
         for name, module in self.frozen_modules().items():
             for key, value in module.state_dict().items():
                 checkpoint["state_dict"][f"{name}.{key}"] = value
@@ -184,13 +224,24 @@ class ModelModule(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm under bf16-mixed too, where Lightning refuses fused optimizers for the sake of float16."""
+        """Clip, or forget gradients that are not finite: without one, an optimizer leaves weight and moments alone.
+
+        Lightning calls this last before each step, also where nothing is to be clipped. Norms are clipped here, as it
+        refuses fused optimizers under bf16-mixed, for the sake of float16. The latter's loss scale overflows now and
+        then, and its scaler skips such steps itself; of them only the loss is looked at.
+        """
         plugin, by_norm = self.trainer.precision_plugin, gradient_clip_algorithm in (None, "norm")
-        if not (gradient_clip_val and by_norm and isinstance(plugin, MixedPrecision) and plugin.scaler is None):
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
+        scaled = getattr(plugin, "scaler", None) is not None
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        norm = torch.zeros((), device=self.device) if scaled else gradient_norm(parameters)
+        admitted = self.nonfinite.admits(norm, self)
+        if scaled or (admitted and not (by_norm and type(plugin) in (Precision, MixedPrecision))):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif not admitted:
+            for parameter in parameters:
+                parameter.grad = None
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer over the trainable parameters, and the schedule."""

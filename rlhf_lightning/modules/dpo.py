@@ -75,6 +75,8 @@ class DPOModule(ReferenceModule):
             rounding alone, which bf16-mixed shows.
         gradient_checkpointing: True keeps of each layer its input alone and computes the rest again backwards: a third
             to a half more time in training passes, for a small part of their memory. Results stay the same.
+        max_nonfinite: Steps that may be skipped because a loss or a gradient is not finite, in the whole run, before it
+            is stopped; 0 stops at the first.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer, stepped once a training step; ``null`` keeps the learning rate.
 
@@ -95,11 +97,13 @@ class DPOModule(ReferenceModule):
         reference_cache: str | None = None,
         max_tokens_per_microbatch: int = 4096,
         gradient_checkpointing: bool = False,
+        max_nonfinite: int = 10,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0, fused=True),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(policy, reference, reference_free, lora, max_tokens_per_microbatch, optimizer, lr_scheduler)
         self.gradient_checkpointing = gradient_checkpointing
+        self.nonfinite.allow(max_nonfinite)
         if not 0 <= ld_alpha <= 1:
             raise UserError(f"ld_alpha is {ld_alpha}; it must lie in [0, 1] (1 is off).")
         # By value: objects stay out, which a weights-only load would refuse.

@@ -61,6 +61,8 @@ class KTOModule(ReferenceModule):
             rounding alone, which bf16-mixed shows.
         gradient_checkpointing: True keeps of each layer its input alone and computes the rest again backwards: a third
             to a half more time in training passes, for a small part of their memory. Results stay the same.
+        max_nonfinite: Steps that may be skipped because a loss or a gradient is not finite, in the whole run, before it
+            is stopped; 0 stops at the first.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer, stepped once a training step; ``null`` keeps the learning rate.
 
@@ -81,11 +83,13 @@ class KTOModule(ReferenceModule):
         threshold: float = 0.5,
         max_tokens_per_microbatch: int = 4096,
         gradient_checkpointing: bool = False,
+        max_nonfinite: int = 10,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0, fused=True),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(policy, reference, False, lora, max_tokens_per_microbatch, optimizer, lr_scheduler)
         self.gradient_checkpointing = gradient_checkpointing
+        self.nonfinite.allow(max_nonfinite)
         if not beta > 0:
             raise UserError(f"beta is {beta}; it must be above 0.")
         weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}

@@ -1,12 +1,14 @@
 """The two places where manual optimization has to reach into Lightning, each guarded by a test."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+
+from rlhf_lightning.modules.nonfinite import gradient_norm
 
 
 @contextlib.contextmanager
@@ -28,21 +30,29 @@ def counted_as_one_step(optimizer: LightningOptimizer) -> Iterator[None]:
 
 
 def clip_and_step(
-    optimizer: LightningOptimizer, parameters: list[torch.nn.Parameter], max_norm: float | None
-) -> torch.Tensor:
+    optimizer: LightningOptimizer,
+    parameters: list[torch.nn.Parameter],
+    max_norm: float | None,
+    *,
+    admits: Callable[[torch.Tensor], bool] = lambda norm: bool(torch.isfinite(norm)),
+) -> torch.Tensor | None:
     """Clip the gradients by their common norm, step, and return the norm from before.
 
     Args:
         optimizer: Lightning's wrapper, so that precision plugins keep working.
         parameters: What is trained.
         max_norm: Largest norm; ``None`` leaves the gradients as they are.
+        admits: Told the norm, before gradients are clipped; says whether the step is to be taken.
 
     Returns:
-        The norm, a scalar; where it is not finite, no step was taken.
+        The norm, a scalar; ``None`` where no step was taken.
     """
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm is not None else torch.inf)
-    if torch.isfinite(norm):
-        optimizer.step()
+    norm = gradient_norm(parameters)
+    if not admits(norm):
+        return None
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    optimizer.step()
     # Autocast may keep low-precision copies of the weights; after a step they are of yesterday.
     torch.clear_autocast_cache()
     return norm

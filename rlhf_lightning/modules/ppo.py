@@ -1,5 +1,6 @@
 """PPO for language models: policy, value and reference in one LightningModule, one iteration a training step."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from rlhf_lightning.models.causal_lm import ResponsePass, response_pass
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.offload import OffloadedModels, return_freed_memory
 from rlhf_lightning.modules.manual import accumulating, clip_and_step, counted_as_one_step
+from rlhf_lightning.modules.nonfinite import placed
 from rlhf_lightning.modules.ppo_checks import (
     check_configuration,
     check_critic_parts,
@@ -30,7 +32,7 @@ from rlhf_lightning.modules.ppo_checks import (
     check_numbers,
     check_sampler,
 )
-from rlhf_lightning.modules.ppo_report import Stopwatch, UpdateSums, rollout_metrics, sample_rows
+from rlhf_lightning.modules.ppo_report import Stopwatch, UpdateSums, rollout_metrics, sample_rows, told_numbers
 from rlhf_lightning.modules.rollout_module import RolloutModule
 from rlhf_lightning.rollout.collect import Rollout
 from rlhf_lightning.rollout.reward_sources import RewardSource
@@ -71,6 +73,8 @@ class PPOModule(RolloutModule):
         offload_frozen: True lets reference and reward model leave memory while nothing is scored: from a GPU to the
             host's memory, on a processor to a file in the run's folder. Results stay the same.
         max_grad_norm: Gradients are clipped to this common norm; ``null`` turns it off.
+        max_nonfinite: Steps that may be skipped because a loss, a gradient or a rollout is not finite, in the whole
+            run, before it is stopped; 0 stops at the first.
         optimizer: Called with the parameter groups ``policy`` and ``critic``.
         lr_scheduler: Called with the optimizer, stepped once an iteration; ``null`` keeps the learning rate.
 
@@ -99,6 +103,7 @@ class PPOModule(RolloutModule):
         gradient_checkpointing: bool = False,
         offload_frozen: bool = False,
         max_grad_norm: float | None = 1.0,
+        max_nonfinite: int = 10,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
             params, lr=1e-5, eps=1e-5, weight_decay=0.0, fused=True
         ),
@@ -123,6 +128,7 @@ class PPOModule(RolloutModule):
         kept = {"policy": policy, "reference": reference, "ppo_epochs": ppo_epochs, "minibatch_size": minibatch_size}
         self.save_hyperparameters({**kept, "max_grad_norm": max_grad_norm})
         self.automatic_optimization = False
+        self.nonfinite.allow(max_nonfinite)
         self.advantages, self.kl, self.score_transforms = advantages, kl or FixedKL(), score_transforms or []
         self.policy_objective = policy_objective or ClippedObjective()
         self.value_objective = value_objective or ClippedValueObjective()
@@ -149,7 +155,7 @@ class PPOModule(RolloutModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Run one iteration."""
         watch = Stopwatch(self.device, profiler=getattr(self.trainer, "profiler", None))
-        with watch("rollout"):
+        with watch("rollout"), placed(self):
             samples, sequences = self.sample(
                 batch, seed=self._seed("rollout"), row_ids=self._row_ids(batch, 0), report="rollout"
             )
@@ -157,6 +163,9 @@ class PPOModule(RolloutModule):
         with watch("score"):
             plan = [group for minibatch in self.batch_plan(sequences.lengths, epoch=0) for group in minibatch]
             rollout = self.score(batch, samples, sequences, groups=plan, report="score")
+            if not self.nonfinite.admits_all(told_numbers(rollout), self):
+                self._skip_iteration(rollout)
+                return
             experience = self.estimate(rollout)
         if not self._self_checked:
             checks = check_first_minibatch(self, rollout, experience)
@@ -164,6 +173,7 @@ class PPOModule(RolloutModule):
             self._self_checked = True
         with watch("update"):
             sums = self.update(experience)
+            self.nonfinite.refuse_weights(self)
             self._optimizer().zero_grad(set_to_none=True)  # as large as the weights, and of no use to the next rollout
             return_freed_memory()
         self._finish_iteration(rollout, experience, sums, watch)
@@ -190,6 +200,7 @@ class PPOModule(RolloutModule):
     def update(self, experience: Experience) -> UpdateSums:
         """Train on a rollout: epochs of shuffled minibatches, one optimizer step each."""
         optimizer, sums, phase = self._optimizer(), UpdateSums(self.device), self._phase("update")
+        admits = functools.partial(self.nonfinite.admits, module=self)
         with counted_as_one_step(optimizer):
             for epoch in range(self.ppo_epochs):
                 plan = self.batch_plan(experience.sequences.lengths, epoch=epoch)
@@ -198,8 +209,9 @@ class PPOModule(RolloutModule):
                     approx_kl = self.accumulate_gradients([experience.select(rows) for rows in micro_batches], sums)
                     if self._moved_too_far(approx_kl):
                         sums.stopped_early = True
+                        self.nonfinite.forget()
                         return sums
-                    sums.add_step(clip_and_step(optimizer, self._trainable(), self.max_grad_norm))
+                    sums.add_step(clip_and_step(optimizer, self._trainable(), self.max_grad_norm, admits=admits))
                     phase(epoch * len(plan) + number + 1, self.ppo_epochs * len(plan))
         return sums
 
@@ -308,21 +320,38 @@ class PPOModule(RolloutModule):
         return target is not None and bool(global_sum(approx_kl) / world_size() > target)
 
     def _finish_iteration(self, rollout: Rollout, experience: Experience, sums: UpdateSums, watch: Stopwatch) -> None:
-        metrics: dict[str, Tensor | float] = {}
         policy_learnt = not self.warming_up  # as it was in this iteration, before that is counted
+        metrics: dict[str, Tensor | float] = {}
         metrics |= rollout_metrics(rollout, prefix="rollout", rewards=experience.rewards)
         metrics |= sums.metrics(experience, values=self.critic is not None, kl_loss=self.kl.loss_coef > 0)
-        episodes, tokens = global_sum(
-            torch.tensor([len(rollout.responses), int(experience.response_mask.sum())], device=self.device)
-        ).tolist()
-        for name, amount in (("iterations", 1), ("episodes", episodes), ("tokens", tokens), ("updates", sums.steps)):
-            self.counters[name] += amount
+        episodes, tokens = self._count(rollout, updates=sums.steps)
         metrics["rollout/kl_coef"] = self.kl.coef
         if policy_learnt:
             self.kl.update(float(metrics["rollout/kl"]), episodes)
+        metrics |= watch.metrics(tokens)
+        self._report(rollout, metrics)
+
+    def _skip_iteration(self, rollout: Rollout) -> None:
+        """Count an iteration from which nothing is learnt, and report what it found as it is."""
+        with counted_as_one_step(self._optimizer()):
+            pass
+        self._count(rollout, updates=0)
+        self._report(rollout, dict(rollout_metrics(rollout, prefix="rollout")))
+
+    def _count(self, rollout: Rollout, *, updates: int) -> tuple[int, int]:
+        """Count an iteration, and return the responses and the response tokens of all its processes."""
+        tokens = int(rollout.sequences.response_lengths.sum())
+        done = torch.tensor([len(rollout.responses), tokens], device=self.device)
+        episodes, tokens = global_sum(done).tolist()
+        for name, amount in (("iterations", 1), ("episodes", episodes), ("tokens", tokens), ("updates", updates)):
+            self.counters[name] += amount
+        return episodes, tokens
+
+    def _report(self, rollout: Rollout, metrics: dict[str, Tensor | float]) -> None:
+        """Log an iteration, with what stands in every one, and end it."""
         for group in self._optimizer().param_groups:
             metrics["train/lr" if group["name"] == "policy" else f"train/lr_{group['name']}"] = group["lr"]
-        metrics |= watch.metrics(tokens) | {f"progress/{name}": float(n) for name, n in self.counters.items()}
+        metrics |= {f"progress/{name}": float(n) for name, n in self.counters.items()}
         watched = {name: metrics.pop(name) for name in ("rollout/score", "rollout/kl")}
         self.log_dict(watched, prog_bar=True)
         self.log_dict(metrics)

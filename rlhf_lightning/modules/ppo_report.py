@@ -32,8 +32,7 @@ class UpdateSums:
         self.sums = {name: torch.zeros((), device=device) for name in (*_LOSSES, *_TOKEN_SUMS)}
         self.tokens = torch.zeros((), device=device)
         self.grad_norm = torch.zeros((), device=device)
-        self.skipped = torch.zeros((), device=device)
-        self.minibatches = self.steps = 0
+        self.minibatches = self.steps = self.taken = 0
         self.stopped_early = False
 
     @torch.no_grad()
@@ -66,11 +65,11 @@ class UpdateSums:
             self.sums["entropy"] += masked_sum(entropy, response_mask)
 
     @torch.no_grad()
-    def add_step(self, grad_norm: Tensor) -> None:
-        """Take note of an optimizer step, or of one that was skipped for a gradient that is not finite."""
-        finite = torch.isfinite(grad_norm)
-        self.grad_norm += torch.where(finite, grad_norm, 0.0)
-        self.skipped += (~finite).float()
+    def add_step(self, grad_norm: Tensor | None) -> None:
+        """Take note of an optimizer step by the norm of its gradient; ``None`` is a step that was skipped."""
+        if grad_norm is not None:
+            self.grad_norm += grad_norm
+            self.taken += 1
         self.steps += 1
 
     def metrics(self, experience: "Experience", *, values: bool = True, kl_loss: bool = False) -> dict[str, Tensor]:
@@ -88,9 +87,8 @@ class UpdateSums:
         means |= {name: totals[name] / totals["tokens"] for name in _TOKEN_SUMS}
         for name in ("ratio", "approx_kl"):  # whose sums leave out what was guarded
             means[name] = totals[name] / (totals["tokens"] - totals["guarded_fraction"])
-        means["grad_norm"] = self.grad_norm / (self.steps - self.skipped).clamp(min=1)
-        means["skipped_steps"] = self.skipped
-        means["stopped_early"] = torch.full_like(self.skipped, float(self.stopped_early))
+        means["grad_norm"] = self.grad_norm / max(1, self.taken)
+        means["stopped_early"] = torch.full_like(self.grad_norm, float(self.stopped_early))
         if values:
             means["explained_variance"] = explained_variance(experience)
         else:
@@ -141,6 +139,13 @@ def rollout_metrics(
     means["score_std"] = (squares / totals[-1]).sqrt()
     means["kl_per_token"] = means["kl"] / means["response_length"]
     return {f"{prefix}/{name}": value for name, value in means.items() if names is None or name in names}
+
+
+def told_numbers(rollout: Rollout) -> dict[str, Tensor]:
+    """Return all that an update learns from, by name: each score, the log-probabilities and the values."""
+    scores = {f"score_{name}": part for name, part in rollout.scores.parts.items()} | {"score": rollout.scores.total}
+    names = ("old_logprobs", "ref_logprobs", "old_values")
+    return scores | {name: getattr(rollout, name) for name in names}
 
 
 def sample_rows(rollout: Rollout) -> list[dict[str, Any]]:

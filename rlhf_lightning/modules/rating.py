@@ -36,6 +36,8 @@ class RatingModule(ScoringModule):
             rounding alone, which bf16-mixed shows.
         gradient_checkpointing: True keeps of each layer its input alone and computes the rest again backwards: a third
             to a half more time in training passes, for a small part of their memory. Results stay the same.
+        max_nonfinite: Steps that may be skipped because a loss or a gradient is not finite, in the whole run, before it
+            is stopped; 0 stops at the first.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer, stepped once a training step; ``null`` keeps the learning rate.
 
@@ -53,6 +55,7 @@ class RatingModule(ScoringModule):
         lora: LoRA | None = None,
         max_tokens_per_microbatch: int = 4096,
         gradient_checkpointing: bool = False,
+        max_nonfinite: int = 10,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.0, fused=True),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -60,6 +63,7 @@ class RatingModule(ScoringModule):
             model, head_std, store_score_statistics, lora, max_tokens_per_microbatch, optimizer, lr_scheduler
         )
         self.gradient_checkpointing = gradient_checkpointing
+        self.nonfinite.allow(max_nonfinite)
         self.save_hyperparameters(ignore=["lora", "optimizer", "lr_scheduler"])
         self.val_loss, self.pearson = MaskedMean(), PearsonCorrCoef()
         with warnings.catch_warnings():

@@ -43,6 +43,8 @@ class RewardModule(ScoringModule):
             rounding alone, which bf16-mixed shows.
         gradient_checkpointing: True keeps of each layer its input alone and computes the rest again backwards: a third
             to a half more time in training passes, for a small part of their memory. Results stay the same.
+        max_nonfinite: Steps that may be skipped because a loss or a gradient is not finite, in the whole run, before it
+            is stopped; 0 stops at the first.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer, stepped once a training step; ``null`` keeps the learning rate.
 
@@ -63,6 +65,7 @@ class RewardModule(ScoringModule):
         lora: LoRA | None = None,
         max_tokens_per_microbatch: int = 4096,
         gradient_checkpointing: bool = False,
+        max_nonfinite: int = 10,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.0, fused=True),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -70,6 +73,7 @@ class RewardModule(ScoringModule):
             model, head_std, store_score_statistics, lora, max_tokens_per_microbatch, optimizer, lr_scheduler
         )
         self.gradient_checkpointing = gradient_checkpointing
+        self.nonfinite.allow(max_nonfinite)
         if not center_coef >= 0:
             raise UserError(f"center_coef is {center_coef}; it must be at least 0 (0 is off).")
         self.save_hyperparameters(ignore=["lora", "optimizer", "lr_scheduler"])

@@ -33,6 +33,8 @@ class SFTModule(MicroBatching, ModelModule):
             rounding alone, which bf16-mixed shows.
         gradient_checkpointing: True keeps of each layer its input alone and computes the rest again backwards: a third
             to a half more time in training passes, for a small part of their memory. Results stay the same.
+        max_nonfinite: Steps that may be skipped because a loss or a gradient is not finite, in the whole run, before it
+            is stopped; 0 stops at the first.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer, stepped once a training step; ``null`` keeps the learning rate.
     """
@@ -48,6 +50,7 @@ class SFTModule(MicroBatching, ModelModule):
         lora: LoRA | None = None,
         max_tokens_per_microbatch: int = 4096,
         gradient_checkpointing: bool = False,
+        max_nonfinite: int = 10,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4, weight_decay=0.0, fused=True),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -58,6 +61,7 @@ class SFTModule(MicroBatching, ModelModule):
                 "lora is set, but pretrained is false: the random weights would stay as they are; leave it out."
             )
         self.gradient_checkpointing = gradient_checkpointing
+        self.nonfinite.allow(max_nonfinite)
         self.pretrained, self.config_overrides, self.lora = pretrained, config_overrides, lora
         self.save_hyperparameters(ignore=["lora", "optimizer", "lr_scheduler"])
         # A metric of our own: self.log averages the batches' weights over processes as whole numbers, rounded down.

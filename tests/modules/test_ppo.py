@@ -21,7 +21,6 @@ from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.modules.ppo_report import UpdateSums
 from rlhf_lightning.rollout.collect import Rollout
 from rlhf_lightning.rollout.decoding import TransformersSampler
-from rlhf_lightning.rollout.reward_sources import RewardSource, Scores, ScoringBatch
 from rlhf_lightning.rollout.sampler import SamplingConfig
 
 MakePPO = Callable[..., PPOModule]
@@ -246,23 +245,6 @@ def test_gradients_are_clipped_by_their_common_norm(
     norm = float(run.callback_metrics["train/grad_norm"])
     assert norm > 0.1
     assert float(moved) == pytest.approx(1e-3 if steps else norm, rel=1e-2)
-
-
-class NotANumber(RewardSource):
-    def score(self, batch: ScoringBatch) -> Scores:
-        scores = torch.full((len(batch.responses),), torch.nan)
-        return Scores(scores, {self.name: scores})
-
-
-def test_steps_that_are_not_finite_are_skipped_and_counted(
-    ppo: MakePPO, prompts: MakePrompts, trainer: MakeTrainer, weights: Weights
-) -> None:
-    module = ppo(reward=NotANumber())
-    module.configure_model()
-    before, run = weights(module), trainer(max_steps=1)
-    run.fit(module, datamodule=prompts())
-    assert equal(weights(module), before)
-    assert run.callback_metrics["train/skipped_steps"] == 4
 
 
 def test_the_critic_can_have_a_learning_rate_of_its_own(

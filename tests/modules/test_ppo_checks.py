@@ -14,6 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from transformers import AutoTokenizer
 
 from rlhf_lightning.algorithm.critics import SeparateCritic
+from rlhf_lightning.algorithm.experience import Experience
 from rlhf_lightning.algorithm.kl import AdaptiveKL
 from rlhf_lightning.data.prompts import PromptDataModule
 from rlhf_lightning.errors import UserError
@@ -218,9 +219,9 @@ class AnotherTemperature(PPOModule):
 
 
 class NotANumber(PPOModule):
-    def score(self, *args: Any, **kwargs: Any) -> Rollout:
-        rollout = super().score(*args, **kwargs)
-        return dataclasses.replace(rollout, old_logprobs=rollout.old_logprobs * torch.nan)
+    def estimate(self, rollout: Rollout) -> Experience:
+        experience = super().estimate(rollout)
+        return dataclasses.replace(experience, old_logprobs=experience.old_logprobs * torch.nan)
 
 
 class ChangedReference(PPOModule):
