@@ -17,6 +17,7 @@ from rlhf_lightning.models.loading import load_causal_lm, load_reference
 from rlhf_lightning.models.lora import LoRA, adapted_layers, add_adapters, merged_parameters, share_frozen_weights
 from rlhf_lightning.models.offload import OffloadedModels
 from rlhf_lightning.modules.base import ModelModule
+from rlhf_lightning.modules.failures import failures_saved
 from rlhf_lightning.modules.ppo_report import rollout_metrics, sample_rows
 from rlhf_lightning.rollout.collect import Rollout, Scorers, score_samples
 from rlhf_lightning.rollout.decoding import CachedSampler
@@ -165,7 +166,7 @@ class RolloutModule(ModelModule):
             report: Name under which the progress bar shows this phase.
         """
         critic = self.critic if self.trainer.training else None
-        with self._frozen_at_hand():
+        with self._frozen_at_hand(), failures_saved(self):
             return score_samples(
                 samples,
                 sequences=sequences,

@@ -17,7 +17,15 @@ from rlhf_lightning.functional.rewards import normalize_scores
 from rlhf_lightning.functional.sequences import SequenceBatch, pad_sequences
 from rlhf_lightning.models.loading import foreign_token, load_sequence_classifier, load_tokenizer
 from rlhf_lightning.models.scalar_head import ScalarModel, score_statistics
-from rlhf_lightning.rollout.user_functions import as_numbers, call_with_columns, columns_of, named_function
+from rlhf_lightning.rollout.user_functions import (
+    RewardFunctionError,
+    as_numbers,
+    call_with_columns,
+    checked_timeout,
+    columns_of,
+    named_function,
+    rows_told,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -153,30 +161,42 @@ class FunctionReward(RewardSource):
         function: The function, or where it is: ``package.module:name`` or ``path/to/file.py:name``. ``columns`` are the
             other columns of the prompts' rows, a list each; a function without ``**`` gets those that it names.
         name: Under which its scores are logged; ``None`` takes the function's.
+        timeout_s: Seconds that a call, for all responses of a process, may take before the run is stopped; ``None`` is
+            any time.
     """
 
-    def __init__(self, function: str | Callable[..., Sequence[Any]], name: str | None = None) -> None:
+    def __init__(
+        self, function: str | Callable[..., Sequence[Any]], name: str | None = None, timeout_s: float | None = 3600.0
+    ) -> None:
         super().__init__()
         self.function, self.name = named_function(function, name)
+        self.timeout_s = checked_timeout(timeout_s)
 
     def score(self, batch: ScoringBatch) -> Scores:
         """Call the function once with the whole batch, and check what comes back."""
+        with rows_told(batch.prompts, batch.responses, batch.rows):
+            scores = self._numbers(batch).to(batch.sequences.input_ids.device)
+        return Scores(scores, {self.name: scores})
+
+    def _numbers(self, batch: ScoringBatch) -> Tensor:
         columns = columns_of(batch.rows)
-        numbers = call_with_columns(self.function, batch.prompts, batch.responses, columns, name=self.name)
+        numbers = call_with_columns(
+            self.function, batch.prompts, batch.responses, columns, name=self.name, timeout_s=self.timeout_s
+        )
         if len(numbers) != len(batch.responses):
-            raise UserError(
+            raise RewardFunctionError(
                 f"reward function {self.name!r} returned {len(numbers)} scores for {len(batch.responses)} responses; "
                 "it must return one number for each."
             )
         scores = as_numbers(numbers, self.name)
         bad = [row for row, number in enumerate(scores.tolist()) if not math.isfinite(number)]
         if bad:
-            raise UserError(
+            raise RewardFunctionError(
                 f"reward function {self.name!r} returned {float(scores[bad[0]])} for the response "
-                f"{batch.responses[bad[0]][:200]!r}; scores must be finite."
+                f"{batch.responses[bad[0]][:200]!r}; scores must be finite.",
+                bad[0],
             )
-        scores = scores.to(batch.sequences.input_ids.device)
-        return Scores(scores, {self.name: scores})
+        return scores
 
 
 class TokenFunctionReward(RewardSource):
@@ -191,11 +211,16 @@ class TokenFunctionReward(RewardSource):
         function: The function, or where it is: ``package.module:name`` or ``path/to/file.py:name``. ``columns`` are the
             other columns of the prompts' rows, a list each; a function without ``**`` gets those that it names.
         name: Under which its scores are logged; ``None`` takes the function's.
+        timeout_s: Seconds that a call, for all responses of a process, may take before the run is stopped; ``None`` is
+            any time.
     """
 
-    def __init__(self, function: str | Callable[..., Sequence[Any]], name: str | None = None) -> None:
+    def __init__(
+        self, function: str | Callable[..., Sequence[Any]], name: str | None = None, timeout_s: float | None = 3600.0
+    ) -> None:
         super().__init__()
         self.function, self.name = named_function(function, name)
+        self.timeout_s = checked_timeout(timeout_s)
 
     def setup(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Keep the tokenizer, which knows how tokens are written."""
@@ -203,44 +228,50 @@ class TokenFunctionReward(RewardSource):
 
     def score(self, batch: ScoringBatch) -> Scores:
         """Call the function once with the whole batch, and check what comes back."""
+        with rows_told(batch.prompts, batch.responses, batch.rows):
+            per_token = self._numbers(batch).to(batch.sequences.input_ids.device)
+        scores = per_token.sum(dim=1)
+        return Scores(scores, {self.name: scores}, per_token)
+
+    def _numbers(self, batch: ScoringBatch) -> Tensor:
         sequences = batch.sequences
         pairs = zip(sequences.response_tokens.tolist(), sequences.response_lengths.tolist(), strict=True)
         tokens = [self.tokenizer.convert_ids_to_tokens(ids[:length]) for ids, length in pairs]
         columns = columns_of(batch.rows) | {"tokens": tokens}
         wanted = "a list of one number for each token, for each response"
-        rows = call_with_columns(
-            self.function, batch.prompts, batch.responses, columns, name=self.name, expected=wanted
-        )
+        options: dict[str, Any] = {"name": self.name, "expected": wanted, "timeout_s": self.timeout_s}
+        rows = call_with_columns(self.function, batch.prompts, batch.responses, columns, **options)
         if len(rows) != len(tokens):
-            raise UserError(
+            raise RewardFunctionError(
                 f"reward function {self.name!r} returned {len(rows)} lists for {len(tokens)} responses; it must return "
                 f"{wanted}."
             )
         per_token = torch.zeros(sequences.response_mask.shape)
         for number, (rewards, own) in enumerate(zip(rows, tokens, strict=True)):
-            per_token[number, : len(own)] = self._checked(rewards, own)
-        per_token = per_token.to(sequences.input_ids.device)
-        scores = per_token.sum(dim=1)
-        return Scores(scores, {self.name: scores}, per_token)
+            per_token[number, : len(own)] = self._checked(rewards, own, number)
+        return per_token
 
-    def _checked(self, rewards: Any, tokens: list[str]) -> Tensor:
+    def _checked(self, rewards: Any, tokens: list[str], row: int) -> Tensor:
         """Return the rewards of one response, one for each of its tokens."""
         if not isinstance(rewards, Iterable) or isinstance(rewards, str | bytes):
-            raise UserError(
+            raise RewardFunctionError(
                 f"reward function {self.name!r} returned {shorten(repr(rewards), 80)} for a response; it must return a "
-                "list of one number for each token."
+                "list of one number for each token.",
+                row,
             )
-        numbers = as_numbers(rewards, self.name)
+        numbers = as_numbers(rewards, self.name, row)
         if len(numbers) != len(tokens):
-            raise UserError(
+            raise RewardFunctionError(
                 f"reward function {self.name!r} returned {len(numbers)} numbers for a response of {len(tokens)} tokens "
-                f"({shorten(' '.join(tokens), 80, placeholder=' ...')}); it must return one for each token."
+                f"({shorten(' '.join(tokens), 80, placeholder=' ...')}); it must return one for each token.",
+                row,
             )
         bad = (~numbers.isfinite()).nonzero().flatten().tolist()
         if bad:
-            raise UserError(
+            raise RewardFunctionError(
                 f"reward function {self.name!r} returned {float(numbers[bad[0]])} for the token {tokens[bad[0]]!r}; "
-                "rewards must be finite."
+                "rewards must be finite.",
+                row,
             )
         return numbers
 

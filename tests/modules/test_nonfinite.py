@@ -62,6 +62,8 @@ def build(kind: Any, model: str, *, bad: dict[int, str] | None = None, **options
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             self.ill = (bad or {}).get(number_of(batch))
             loss = super().training_step(batch, batch_idx)
+            if self.ill == "constant":  # which no gradient tells of
+                return loss + math.inf
             return loss * math.inf if self.ill == "loss" else loss
 
         def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -80,7 +82,7 @@ def state_of(run: Trainer, module: LightningModule) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.5}, {"precision": "bf16-mixed"}], ids=str)
-@pytest.mark.parametrize("ill", ["loss", "gradient"])
+@pytest.mark.parametrize("ill", ["loss", "constant", "gradient"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_that_is_not_finite_might_as_well_not_have_been(
     kind: Any, ill: str, options: dict[str, Any], language_model: str, trainer: MakeTrainer

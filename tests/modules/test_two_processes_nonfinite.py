@@ -3,6 +3,7 @@
 This file is also the program that the processes run; see test_two_processes.py.
 """
 
+import json
 import logging
 import math
 import os
@@ -24,7 +25,7 @@ from rlhf_lightning.distributed import leave_group
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.modules.sft import SFTModule
-from rlhf_lightning.rollout.reward_sources import RewardSource, Scores, ScoringBatch
+from rlhf_lightning.rollout.reward_sources import FunctionReward, RewardSource, Scores, ScoringBatch
 from rlhf_lightning.rollout.sampler import SamplingConfig
 
 
@@ -59,12 +60,22 @@ class Told(logging.Handler):
         self.lines.append(record.getMessage())
 
 
+def failing_in(rank: int) -> Callable[..., list[float]]:
+    """A reward function that fails in one process."""
+
+    def lengths(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+        return [len(response) / rank for response in responses]
+
+    return lengths
+
+
 def run(module: LightningModule, steps: int, **data: Any) -> dict[str, Any]:
     trainer = Trainer(
         accelerator="cpu",
         devices=2,
         strategy=DDPStrategy(process_group_backend="gloo"),
         max_steps=steps,
+        default_root_dir=sys.argv[4],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -86,9 +97,9 @@ def main(rank: int, language_model: str, source: str) -> dict[str, dict[str, Any
     rows = [([5, 6 + number], [20 + number + rank, 4]) for number in range(3)]
     texts: Any = DataLoader([collate_sequences([row], pad_id=4) for row in rows], batch_size=None)  # type: ignore[arg-type]
 
-    def ppo(**options: Any) -> PPOModule:
-        sampling = SamplingConfig(max_new_tokens=4)
-        return PPOModule(language_model, Lengths(rank), sampling=sampling, ppo_epochs=1, minibatch_size=4, **options)
+    def ppo(reward: RewardSource | None = None, **options: Any) -> PPOModule:
+        given: dict[str, Any] = {"sampling": SamplingConfig(max_new_tokens=4), "ppo_epochs": 1, "minibatch_size": 4}
+        return PPOModule(language_model, reward or Lengths(rank), **given, **options)
 
     prompts = PromptDataModule(source, rollout_batch_size=4, max_prompt_length=48)
     return {
@@ -96,6 +107,7 @@ def main(rank: int, language_model: str, source: str) -> dict[str, dict[str, Any
         "sft_stopped": run(GoingWrong(language_model, max_nonfinite=0), 3, train_dataloaders=texts),
         "ppo": run(ppo(), 3, datamodule=prompts),
         "ppo_stopped": run(ppo(max_nonfinite=0), 3, datamodule=prompts),
+        "ppo_failing": run(ppo(FunctionReward(failing_in(1 - rank))), 3, datamodule=prompts),
     }
 
 
@@ -117,6 +129,12 @@ def test_both_skip_and_stop_where_one_goes_wrong(
             assert not result[kind]["refusal"]
             assert result[f"{kind}_stopped"]["refusal"].startswith(f"{words}; 1 skipped, max_nonfinite is 0")
         assert torch.equal(first[kind]["weights"], second[kind]["weights"])
+    for result in (first, second):
+        refusal = result["ppo_failing"]["refusal"]
+        assert refusal.startswith("reward function 'lengths' failed: ZeroDivisionError: division by zero")
+        assert refusal.endswith(f"The 2 prompts and responses: {tmp_path}/failures/reward_function.jsonl.")
+    rows = [json.loads(line) for line in (tmp_path / "failures" / "reward_function.jsonl").read_text().splitlines()]
+    assert [row["process"] for row in rows] == [1, 1]
 
 
 if __name__ == "__main__":

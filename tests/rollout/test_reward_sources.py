@@ -18,6 +18,7 @@ from rlhf_lightning.rollout.reward_sources import (
     TokenFunctionReward,
     WeightedSum,
 )
+from rlhf_lightning.rollout.user_functions import RewardFunctionError
 
 REWARDS = """
 from __future__ import annotations
@@ -59,6 +60,20 @@ def one(prompts, responses):
 
 def failing(prompts, responses):
     return [1 / 0]
+
+def leaving(prompts, responses):
+    raise SystemExit(0)
+
+def failing_late(prompts, responses):
+    return (1 / (len(response) - 3) for response in responses)
+
+def pairs(prompts, responses):
+    import torch
+    return [1.0, torch.ones(2)]
+
+def hanging(prompts, responses, **columns):
+    import time
+    time.sleep(60)
 
 def ends(prompts, responses, tokens):
     return [[float(token == "<|end|>") - 0.25 * number for number, token in enumerate(row)] for row in tokens]
@@ -154,6 +169,40 @@ class TestFunctions:
     def test_what_it_returns_is_checked(self, rewards: str, name: str, message: str) -> None:
         with pytest.raises(UserError, match=message):
             FunctionReward(f"{rewards}:{name}").score(scoring_batch())
+
+    @pytest.mark.parametrize(
+        ("name", "rows"),
+        [
+            ("short", [0, 1]),
+            ("words", [0]),
+            ("pairs", [1]),
+            ("missing", [1]),
+            ("nothing", [0, 1]),
+            ("failing", [0, 1]),
+            ("failing_late", [0, 1]),
+            ("leaving", [0, 1]),
+        ],
+    )
+    def test_a_failure_has_the_rows_it_is_about(self, rewards: str, name: str, rows: list[int]) -> None:
+        batch = scoring_batch()
+        with pytest.raises(RewardFunctionError) as failure:
+            WeightedSum([FunctionReward(f"{rewards}:{name}")], [1.0]).score(batch)
+        assert failure.value.rows == [
+            {"prompt": batch.prompts[row], "response": batch.responses[row], "columns": batch.rows[row]} for row in rows
+        ]
+
+    @pytest.mark.parametrize("kind", [FunctionReward, TokenFunctionReward])
+    def test_timeout_s_ends_what_hangs(self, rewards: str, kind: Any, word_tokenizer: PreTrainedTokenizerFast) -> None:
+        reward = kind(f"{rewards}:hanging", timeout_s=0.1)
+        reward.setup(word_tokenizer)
+        message = (
+            r"^reward function 'hanging' has not returned within 0\.1 s \(timeout_s\) \(my_rewards\.py, line \d+\);"
+        )
+        with pytest.raises(RewardFunctionError, match=message) as failure:
+            reward.score(scoring_batch())
+        assert len(failure.value.rows) == 2
+        with pytest.raises(UserError, match="timeout_s is 0; it must be above 0, or null for any time"):
+            kind(f"{rewards}:hanging", timeout_s=0)
 
 
 class TestTokenFunctions:
