@@ -154,14 +154,13 @@ class DPOModule(ReferenceModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the mean loss of the pairs of all processes."""
-        outcomes: list[PairOutcome] = []
         pairs = rows_of_a_process(batch.lengths)
 
-        def loss_of(rows: Tensor) -> Tensor:
-            outcomes.append(self.evaluate(batch.select(rows)))
-            return outcomes[-1].losses.sum() / pairs
+        def loss_of(rows: Tensor) -> tuple[Tensor, PairOutcome]:
+            outcome = self.evaluate(batch.select(rows))
+            return outcome.losses.sum() / pairs, outcome
 
-        loss = self.sum_of_parts(batch.lengths, loss_of, batch_idx)
+        loss, outcomes = self.sum_of_parts(batch.lengths, loss_of, batch_idx)
         _, *parts = outcome = joined(outcomes)
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
         margins = outcome.reward_chosen - outcome.reward_rejected

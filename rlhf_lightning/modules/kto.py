@@ -126,14 +126,13 @@ class KTOModule(ReferenceModule):
 
     def training_step(self, batch: LabelledBatch, batch_idx: int) -> Tensor:
         """Return the mean loss of the responses of all processes."""
-        outcomes: list[LabelledOutcome] = []
         responses, reference_point = rows_of_a_process(batch.labels), self._reference_point(batch.sequences)
 
-        def loss_of(rows: Tensor) -> Tensor:
-            outcomes.append(self.evaluate(batch.select(rows), reference_point))
-            return outcomes[-1].losses.sum() / responses
+        def loss_of(rows: Tensor) -> tuple[Tensor, LabelledOutcome]:
+            outcome = self.evaluate(batch.select(rows), reference_point)
+            return outcome.losses.sum() / responses, outcome
 
-        loss = self.sum_of_parts(batch.sequences.lengths, loss_of, batch_idx)
+        loss, outcomes = self.sum_of_parts(batch.sequences.lengths, loss_of, batch_idx)
         outcome = joined(outcomes)
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
         self.log("train/kl", reference_point, sync_dist=True)

@@ -194,7 +194,7 @@ class PPOModule(RolloutModule):
         generator = derived_generator(run_seed(), "minibatch", self.counters["iterations"], epoch)
         order = torch.randperm(len(lengths), generator=generator).to(lengths.device)
         minibatches = order.split(self.minibatch_size // world_size())
-        budget = self.max_tokens_per_microbatch
+        budget = min(self.max_tokens_per_microbatch, self.memory.tokens or self.max_tokens_per_microbatch)
         return [[rows[group] for group in token_groups(lengths[rows], budget)] for rows in minibatches]
 
     def update(self, experience: Experience) -> UpdateSums:
@@ -204,9 +204,8 @@ class PPOModule(RolloutModule):
         with counted_as_one_step(optimizer):
             for epoch in range(self.ppo_epochs):
                 plan = self.batch_plan(experience.sequences.lengths, epoch=epoch)
-                for number, micro_batches in enumerate(plan):
-                    optimizer.zero_grad(set_to_none=True)
-                    approx_kl = self.accumulate_gradients([experience.select(rows) for rows in micro_batches], sums)
+                for number, minibatch in enumerate(plan):
+                    approx_kl = self._gradients_of(experience, minibatch, sums)
                     if self._moved_too_far(approx_kl):
                         sums.stopped_early = True
                         self.nonfinite.forget()
@@ -214,6 +213,21 @@ class PPOModule(RolloutModule):
                     sums.add_step(clip_and_step(optimizer, self._trainable(), self.max_grad_norm, admits=admits))
                     phase(epoch * len(plan) + number + 1, self.ppo_epochs * len(plan))
         return sums
+
+    def _gradients_of(self, experience: Experience, minibatch: Sequence[Tensor], sums: UpdateSums) -> Tensor:
+        """Backpropagate a minibatch; where memory runs out, do so anew, in smaller micro-batches.
+
+        What was added up before is dropped with the gradients. Several processes could not agree on that in the middle
+        of a backward pass.
+        """
+        take_back = sums.mark()
+
+        def attempt(micro_batches: list[Tensor]) -> Tensor:
+            take_back()
+            self._optimizer().zero_grad(set_to_none=True)
+            return self.accumulate_gradients([experience.select(rows) for rows in micro_batches], sums)
+
+        return self.memory.whole(minibatch, experience.sequences.lengths, attempt, may=lambda: world_size() == 1)
 
     def accumulate_gradients(self, micro_batches: Sequence[Experience], sums: UpdateSums) -> Tensor:
         """Backpropagate the loss of one minibatch, micro-batch by micro-batch.

@@ -180,17 +180,23 @@ def check_first_minibatch(module: "PPOModule", rollout: Rollout, experience: "Ex
     """
     mask = experience.response_mask
     again = torch.zeros_like(experience.old_logprobs)
-    for rows in (group for minibatch in module.batch_plan(rollout.sequences.lengths, epoch=0) for group in minibatch):
+    limit = module.memory.tokens
+
+    def read(rows: Tensor) -> None:
         part = rollout.sequences.select(rows)
         with torch.enable_grad():  # the very pass of the update
             logprobs = response_logprobs(module.policy, part, temperature=module.sampling.temperature)
         again[rows, : logprobs.shape[1]] = logprobs.detach()
+
+    plan = module.batch_plan(rollout.sequences.lengths, epoch=0)
+    module.memory.each([group for minibatch in plan for group in minibatch], rollout.sequences.lengths, read)
     log_ratio = torch.where(mask, again - experience.old_logprobs, 0.0)
     gap = torch.where(mask, rollout.old_logprobs - rollout.ref_logprobs, 0.0)
     # Over all processes, so that either all of them stop or none.
     max_error, ref_kl = global_max(torch.expm1(log_ratio).abs().max()), global_max(gap.abs().max())
     approx_kl, _ = global_mean_var(torch.expm1(log_ratio) - log_ratio, mask)
-    _judge(module, max_error=float(max_error), approx_kl=float(approx_kl), ref_kl=float(ref_kl))
+    if module.memory.tokens == limit:  # else it was cut otherwise than at rollout, and rounds otherwise
+        _judge(module, max_error=float(max_error), approx_kl=float(approx_kl), ref_kl=float(ref_kl))
     return {"check/max_ratio_error": max_error, "check/approx_kl": approx_kl, "check/max_ref_kl": ref_kl}
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,7 +46,7 @@ class UpdateSums:
         response_mask: Tensor,
     ) -> None:
         """Add what one micro-batch reports; its losses come as its part of the minibatch's."""
-        self.tokens += response_mask.sum()
+        self.tokens = self.tokens + response_mask.sum()
         for name, amount in (
             ("loss", loss),
             ("policy_loss", policy_loss.loss),
@@ -55,14 +55,23 @@ class UpdateSums:
             ("clip_fraction", policy_loss.clipped_sum),
             ("guarded_fraction", policy_loss.guarded_sum),
         ):
-            self.sums[name] += amount
+            self.sums[name] = self.sums[name] + amount
         if value_loss is not None:
-            self.sums["value_loss"] += value_loss.loss
-            self.sums["value_clip_fraction"] += value_loss.clipped_sum
+            self.sums["value_loss"] = self.sums["value_loss"] + value_loss.loss
+            self.sums["value_clip_fraction"] = self.sums["value_clip_fraction"] + value_loss.clipped_sum
         if kl_loss is not None:
-            self.sums["kl_loss"] += kl_loss
+            self.sums["kl_loss"] = self.sums["kl_loss"] + kl_loss
         if entropy is not None:
-            self.sums["entropy"] += masked_sum(entropy, response_mask)
+            self.sums["entropy"] = self.sums["entropy"] + masked_sum(entropy, response_mask)
+
+    def mark(self) -> Callable[[], None]:
+        """Return what takes back all micro-batches added after it."""
+        sums, tokens = dict(self.sums), self.tokens  # of tensors that are never changed in place
+
+        def back() -> None:
+            self.sums, self.tokens = dict(sums), tokens
+
+        return back
 
     @torch.no_grad()
     def add_step(self, grad_norm: Tensor | None) -> None:

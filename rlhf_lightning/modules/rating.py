@@ -79,11 +79,11 @@ class RatingModule(ScoringModule):
         self._note_scored_token(batch.sequences)
         responses = rows_of_a_process(batch.labels)
 
-        def loss_of(rows: Tensor) -> Tensor:
+        def loss_of(rows: Tensor) -> tuple[Tensor, None]:
             part = batch.select(rows)
-            return rating_loss(self.batch_scores(part), part.labels).sum() / responses
+            return rating_loss(self.batch_scores(part), part.labels).sum() / responses, None
 
-        loss = self.sum_of_parts(batch.sequences.lengths, loss_of, batch_idx)
+        loss, _ = self.sum_of_parts(batch.sequences.lengths, loss_of, batch_idx)
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
         self._log_learning_rate()
         return loss

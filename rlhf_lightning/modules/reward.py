@@ -88,15 +88,14 @@ class RewardModule(ScoringModule):
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the mean loss of the pairs of all processes."""
         self._note_scored_token(batch.chosen)
-        scores: list[tuple[Tensor, Tensor]] = []
         pairs = rows_of_a_process(batch.lengths)
 
-        def loss_of(rows: Tensor) -> Tensor:
+        def loss_of(rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
             part = batch.select(rows)
-            scores.append(self._scores(part))
-            return self._losses(part, *scores[-1]).sum() / pairs
+            scores = self._scores(part)
+            return self._losses(part, *scores).sum() / pairs, scores
 
-        loss = self.sum_of_parts(batch.lengths, loss_of, batch_idx)
+        loss, scores = self.sum_of_parts(batch.lengths, loss_of, batch_idx)
         chosen, rejected = (torch.cat(side).detach() for side in zip(*scores, strict=True))
         margins = chosen - rejected
         accuracy = pair_points(chosen, rejected)

@@ -15,6 +15,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch, token_groups
 from rlhf_lightning.models.loading import load_causal_lm, load_reference
 from rlhf_lightning.models.lora import LoRA, adapted_layers, add_adapters, merged_parameters, share_frozen_weights
+from rlhf_lightning.models.memory_limit import MemoryLimit
 from rlhf_lightning.models.offload import OffloadedModels
 from rlhf_lightning.modules.base import ModelModule
 from rlhf_lightning.modules.failures import failures_saved
@@ -74,6 +75,7 @@ class RolloutModule(ModelModule):
         self.reference_name, self.reward, self.critic = reference, reward, critic
         self.sampling, self.sampler = sampling, sampler or CachedSampler()
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
+        self.memory = MemoryLimit("max_tokens_per_microbatch")
         self.counters = {"iterations": 0, "episodes": 0, "tokens": 0, "updates": 0}
         self.samples: list[dict[str, Any]] = []
         self.val_samples: list[dict[str, Any]] = []
@@ -177,6 +179,7 @@ class RolloutModule(ModelModule):
                 tokenizer=self.tokenizer,
                 group_size=batch.group_size,
                 progress=self._phase(report),
+                memory=self.memory,
             )
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:

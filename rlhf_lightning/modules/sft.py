@@ -87,10 +87,10 @@ class SFTModule(MicroBatching, ModelModule):
         # Of a process in the mean, as gradients are averaged over processes.
         tokens = global_sum(batch.response_lengths.sum().float()) / world_size()
 
-        def loss_of(rows: Tensor) -> Tensor:
-            return -response_logprobs(self.policy, batch.select(rows)).sum() / tokens
+        def loss_of(rows: Tensor) -> tuple[Tensor, None]:
+            return -response_logprobs(self.policy, batch.select(rows)).sum() / tokens, None
 
-        loss = self.sum_of_parts(batch.lengths, loss_of, batch_idx)
+        loss, _ = self.sum_of_parts(batch.lengths, loss_of, batch_idx)
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
         self._log_learning_rate()
         return loss

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.models.causal_lm import response_logprobs, response_pass
+from rlhf_lightning.models.memory_limit import MemoryLimit
 from rlhf_lightning.rollout.reward_sources import Prompt, RewardSource, Scores, ScoringBatch
 from rlhf_lightning.rollout.sampler import Progress, Samples
 
@@ -76,6 +77,7 @@ def score_samples(
     tokenizer: "PreTrainedTokenizerBase",
     group_size: int = 1,
     progress: Progress | None = None,
+    memory: MemoryLimit | None = None,
 ) -> Rollout:
     """Compute old, reference and critic outputs on the real tokens, and the scores.
 
@@ -89,11 +91,14 @@ def score_samples(
         tokenizer: The policy's; turns responses into text without special tokens.
         group_size: Responses to each prompt, which stand together.
         progress: Called with rows done and rows in all.
+        memory: Cuts groups smaller where memory runs out; ``None`` does so for these alone.
     """
     mask = sequences.response_mask
     old, ref, values = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
     done = 0
-    for group in groups:
+
+    def read(group: Tensor) -> None:
+        nonlocal done
         part = sequences.select(group)
         width = int(part.response_lengths.max())
         policy_pass = response_pass(scorers.policy, part, temperature=scorers.temperature)
@@ -104,6 +109,8 @@ def score_samples(
         done += len(group)
         if progress is not None:
             progress(done, len(mask))
+
+    (memory or MemoryLimit("groups")).each(groups, sequences.lengths, read)
     responses = decode_responses(tokenizer, sequences)
     scores = scorers.reward.score(ScoringBatch(sequences, samples.finished, prompts, responses, rows))
     return Rollout(

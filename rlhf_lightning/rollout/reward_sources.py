@@ -16,6 +16,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.rewards import normalize_scores
 from rlhf_lightning.functional.sequences import SequenceBatch, pad_sequences
 from rlhf_lightning.models.loading import foreign_token, load_sequence_classifier, load_tokenizer
+from rlhf_lightning.models.memory_limit import MemoryLimit
 from rlhf_lightning.models.scalar_head import ScalarModel, score_statistics
 from rlhf_lightning.rollout.user_functions import (
     RewardFunctionError,
@@ -110,6 +111,7 @@ class RewardModel(RewardSource):
         self.score_mean, self.score_std = 0.0, 1.0
         self.scored_token_id: int | None = None
         self.same_tokens = True
+        self.memory = MemoryLimit("reward.batch_size")
 
     def setup(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Load model and tokenizer, and find out whether its tokens are the policy's."""
@@ -131,8 +133,11 @@ class RewardModel(RewardSource):
         sequences = batch.sequences if self.same_tokens else self._retokenized(batch)
         order = sequences.lengths.argsort(descending=True)
         scores = torch.empty(len(order), device=order.device)
-        for rows in order.split(self.batch_size):
+
+        def read(rows: Tensor) -> None:
             scores[rows] = self.scalar.scores(sequences.select(rows))
+
+        self.memory.each(order.split(self.batch_size), sequences.lengths, read)
         scores = normalize_scores(scores, mean=self.score_mean, std=self.score_std)
         return Scores(scores, {self.name: scores})
 

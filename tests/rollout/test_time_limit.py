@@ -48,7 +48,7 @@ def searches() -> None:
 
 
 def tries_again() -> None:
-    while True:
+    for _ in range(4):
         try:
             time.sleep(60)
         except Exception:
