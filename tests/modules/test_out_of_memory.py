@@ -36,12 +36,14 @@ class Memory:
     """Has room for passes of so many tokens; fails where it is told.
 
     Attributes:
+        spared: Passes over more tokens that still fit.
         failures: Tokens of the passes that did not fit.
         autocast: Whether passes ran under autocast.
     """
 
     def __init__(self) -> None:
         self.room, self.where, self.user = 10_000, "forward", ""
+        self.spared = 0
         self.failures: list[int] = []
         self.alive: list[weakref.ref[Tensor]] = []
         self.autocast: set[bool] = set()
@@ -54,15 +56,22 @@ class Memory:
             if self.failures and counts:
                 assert not any(ref() is not None for ref in self.alive), "a failed pass is still in memory"
             fits = tokens <= self.room or not counts
+            if not fits and self.spared:
+                self.spared, fits = self.spared - 1, True
             if not fits and self.where != "backward":
                 self.fail(tokens)
+            listening = backbone.embed_tokens.register_forward_hook(self.watch) if not fits else None
             hidden = hidden_states_at(backbone, batch, *places)
-            if not fits:
-                self.alive.append(weakref.ref(hidden))
+            if listening is not None:
+                listening.remove()
                 hidden.register_hook(lambda gradient: self.fail(tokens))
             return hidden
 
         return noted
+
+    def watch(self, layer: Any, inputs: Any, output: Tensor) -> None:
+        """Watch what the first layer keeps for its backward pass, which is not reached."""
+        self.alive.append(weakref.ref(output))
 
     def fail(self, tokens: int) -> None:
         self.failures.append(tokens)
@@ -177,6 +186,8 @@ PARTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("parts", "where", "user"),
     [
+        ("critic", "late", ""),
+        ("none", "late", ""),
         ("critic", "forward", ""),
         ("critic", "backward", "causal_lm"),
         ("critic", "forward", "scalar_head"),  # when the policy's gradients are there
@@ -201,10 +212,14 @@ def test_ppo_tries_again_with_smaller_micro_batches(
     ends: list[tuple[Tensor, dict[str, float]]] = []
     # The pass of the self-check before the update is left out: it is read without a gradient first.
     for room in (10_000, 60):
-        memory.room, memory.where, memory.user = room, where, user
+        # "late" is when micro-batches of the same minibatch have been added up: of about three, in the third pass of
+        # the update (the self-check has read the six of the rollout).
+        memory.room, memory.where, memory.user = room, "backward" if where == "late" else where, user
+        memory.spared = {"late": 8}.get(where, 0) if room < 100 else 0
         module = ppo(
             reward=RewardModel(reward_model),
             optimizer=lambda params: torch.optim.SGD(params, lr=0.02),
+            max_tokens_per_microbatch=80 if where == "late" else 2048,
             **{name: type(part)() if part is not None else None for name, part in PARTS[parts].items()},
         )
         run = trainer(max_steps=2)
