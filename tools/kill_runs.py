@@ -65,7 +65,7 @@ MODULES = {
 _OF_THE_START = ("time/", "check/")  # metrics that another start has otherwise
 #: Where runs are stopped on purpose: a name, and the function that does it.
 PLACES = {
-    "save": "rlhf_lightning.run_folder:RunCheckpoint._save",
+    "save": "rlhf_lightning.checkpointing:RunCheckpoint._save",
     "rollout": "rlhf_lightning.modules.rollout_module:RolloutModule.sample",
     "scoring": "rlhf_lightning.modules.rollout_module:RolloutModule.score",
     "optimizer": "torch.optim:AdamW.step",

@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from rlhf_lightning.__main__ import main
+from rlhf_lightning.checkpointing import RunCheckpoint
 from rlhf_lightning.loggers import read_metrics
-from rlhf_lightning.run_folder import RunCheckpoint
 from rlhf_lightning.taking_up import refuse_cut_epoch
 
 TINY = "{hidden_size: 16, intermediate_size: 32, num_attention_heads: 2, num_key_value_heads: 2}"
