@@ -15,6 +15,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from rlhf_lightning.checkpoint_files import read_head
 from rlhf_lightning.config_errors import OneLineErrors, refusal_of_constructor
 from rlhf_lightning.distributed import leave_group
 from rlhf_lightning.errors import UserError
@@ -29,10 +30,9 @@ from rlhf_lightning.run_folder import (
     set_aside_logs,
 )
 from rlhf_lightning.taking_up import (
-    refuse_cut_epoch,
-    refuse_fewer_steps,
-    refuse_other_module,
+    next_logged_step,
     refuse_second_run,
+    refuse_to_take_up,
     resolve_checkpoint,
     run_of_checkpoint,
 )
@@ -79,6 +79,7 @@ class TrainerCLI(LightningCLI):
     def __init__(self, args: ArgsType, *, check_only: bool = False) -> None:
         self.check_only = check_only
         self._started: StartedRun | None = None
+        self._next_step: int | None = None  # to be logged, where a checkpoint tells
         import_named_classes()
         super().__init__(
             ModelModule,
@@ -130,9 +131,10 @@ class TrainerCLI(LightningCLI):
         self.settings.ckpt_path = checkpoint
         if self.subcommand == "fit" and not self.settings.trainer.fast_dev_run:
             refuse_second_run(self.settings.run_dir, checkpoint)
-            refuse_other_module(checkpoint, self.settings.model.class_path)
-            refuse_fewer_steps(checkpoint, self.settings.trainer.max_steps)
-            refuse_cut_epoch(checkpoint, self.settings.trainer.max_steps)
+            if checkpoint is not None:
+                head = read_head(Path(checkpoint))
+                refuse_to_take_up(checkpoint, head, self.settings.model.class_path, self.settings.trainer.max_steps)
+                self._next_step = next_logged_step(head)
 
     def instantiate_classes(self) -> None:
         """Build module, data and Trainer; what a constructor refuses is the user's to put right."""
@@ -195,7 +197,7 @@ class TrainerCLI(LightningCLI):
             if command == "fit" and checkpoint is None:
                 set_aside_logs(run_dir)
         self._started.enter(run_dir)
-        loggers = run_loggers(run_dir) if chosen_logger in (None, True) else chosen_logger
+        loggers = run_loggers(run_dir, self._next_step) if chosen_logger in (None, True) else chosen_logger
         return {"default_root_dir": str(run_dir), "logger": loggers}
 
     def _take_back(self) -> None:

@@ -1,11 +1,12 @@
-"""Ctrl-C as a request: the first one waits for a good moment, the second one does not."""
+"""Signals as requests: a Ctrl-C waits for a good moment, a second one does not; SIGUSR1 has the job queued again."""
 
 import logging
 import os
 import signal
+import subprocess
 import threading
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -14,13 +15,19 @@ logger = logging.getLogger("rlhf_lightning")
 
 #: Exit status of a process that Ctrl-C ended, as shells give it: 128 + SIGINT.
 INTERRUPTED = 130
+#: Exit status of a process that a signal asked to stop and be started again: 128 + SIGUSR1.
+REQUEUE = 138
 
 
 class Interruption:
     """Takes note of the first SIGINT while it listens; the second raises ``KeyboardInterrupt``, as any would.
 
+    SIGUSR1, which SLURM sends before a job's time is up (``#SBATCH --signal=USR1@120``), is taken note of too.
+    Lightning's own handler saves right where the signal arrives, within a step.
+
     Attributes:
         asked: Whether this process was asked to stop.
+        requeue: Whether it was asked so by SIGUSR1, to be started again.
         agreed: Whether all processes of the run are to stop now.
 
     Example:
@@ -37,26 +44,60 @@ class Interruption:
     """
 
     def __init__(self) -> None:
-        self.asked = self.agreed = False
+        self.asked = self.requeue = self.agreed = False
         self._postponed = False
         self._listener = 0  # process that listens
+        self._requeue_signal = getattr(signal, "SIGUSR1", None)  # Windows has none
+        self._in_slurm = False
+
+    @property
+    def status(self) -> int:
+        """Exit status of a process that was asked to stop."""
+        return REQUEUE if self.requeue else INTERRUPTED
+
+    def take_over_requeue(self, trainer: "Trainer") -> None:
+        """Keep Lightning from queueing the job again by itself, and remember whether it would have."""
+        from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+        environment = trainer._accelerator_connector.cluster_environment  # There is no public name.
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            self._in_slurm, environment.auto_requeue = True, False
+            self._requeue_signal = environment.requeue_signal or self._requeue_signal
+
+    def ask_for_requeue(self, trainer: "Trainer") -> None:
+        """Have SLURM queue the job again where SIGUSR1 stopped it; to be called once all is saved."""
+        if not (self.agreed and self.requeue and self._in_slurm and trainer.is_global_zero):
+            return
+        job, array = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_ARRAY_JOB_ID")
+        job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if array else job
+        try:
+            subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
+            logger.warning("SLURM job %s is queued again", job)
+        except (OSError, subprocess.CalledProcessError) as failure:
+            logger.warning("scontrol requeue %s failed (%s); queue the job again yourself", job, failure)
 
     def listen(self) -> None:
-        """Begin; only in the main thread, and only where nobody else has decided what SIGINT does."""
+        """Begin; only in the main thread, and only where nobody else has decided what a signal does."""
         self.forget()
         if threading.current_thread() is not threading.main_thread():
             return
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._note)
-            self._listener = os.getpid()
+        for number, default in self._defaults():
+            if signal.getsignal(number) is default:
+                signal.signal(number, self._note)
+                self._listener = os.getpid()
 
     def forget(self) -> None:
-        """End, and leave the handler as it was found."""
-        self.asked = self.agreed = False
+        """End, and leave the handlers as they were found."""
+        self.asked = self.requeue = self.agreed = False
         if self._listener == os.getpid() and threading.current_thread() is threading.main_thread():
             self._listener = 0
-            if signal.getsignal(signal.SIGINT) == self._note:  # Lightning ignores further signals while it ends.
-                signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number, default in self._defaults():
+                if signal.getsignal(number) == self._note:  # Lightning ignores further signals while it ends.
+                    signal.signal(number, default)
+
+    def _defaults(self) -> list[tuple[int, Any]]:
+        requeue = [] if self._requeue_signal is None else [(self._requeue_signal, signal.SIG_DFL)]
+        return [(signal.SIGINT, signal.default_int_handler), *requeue]
 
     def stops(self, trainer: "Trainer") -> bool:
         """Agree with the other processes, and :meth:`stop` where any was asked.
@@ -66,14 +107,14 @@ class Interruption:
         from rlhf_lightning.distributed import any_process  # imports torch, which the command line wants to do late
 
         self.go_on(trainer)
-        (agreed,) = any_process(self.asked)
+        agreed, requeue = any_process(self.asked, self.requeue)
         if agreed:
-            self.stop(trainer)
+            self.stop(trainer, requeue=requeue)
         return agreed
 
-    def stop(self, trainer: "Trainer") -> None:
+    def stop(self, trainer: "Trainer", *, requeue: bool = False) -> None:
         """Have Lightning stop as at SIGTERM: it logs the step, validates where due, and raises ``SIGTERMException``."""
-        self.agreed = True
+        self.agreed, self.requeue = True, requeue
         trainer._signal_connector.received_sigterm = True  # There is no public way to ask for it.
 
     def postpone(self, trainer: "Trainer") -> None:
@@ -94,6 +135,10 @@ class Interruption:
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._listener:
             return  # A forked data worker inherits the handler; it has to serve the step that is being finished.
+        if signum == self._requeue_signal:
+            logger.warning("asked to be queued again: finishing this step, then saving")
+            self.asked = self.requeue = True
+            return
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True

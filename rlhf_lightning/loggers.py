@@ -1,4 +1,4 @@
-"""Metrics and samples as lines of JSON: append-only files that survive a kill and are read with any tool."""
+"""Metrics and samples as lines of JSON, read with any tool, and never behind or beyond the run's checkpoint."""
 
 import json
 import math
@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from rlhf_lightning.checkpoint_files import sync_to_disk, unfinished
 
 
 def to_json(value: Any) -> Any:
@@ -58,6 +61,19 @@ class JSONLines:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(text)
 
+    def cut(self, step: int) -> None:
+        """Remove the lines of this step and later ones; the file is whole at every moment."""
+        self.last_row()
+        if not self.path.exists():
+            return
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if _step_of(line) < step]
+        if len(kept) < len(lines):
+            beside = unfinished(self.path)
+            beside.write_bytes(b"".join(kept))
+            sync_to_disk(beside)
+            beside.replace(self.path)
+
     def last_row(self) -> dict[str, Any] | None:
         """Cut off an unfinished last line, and return the last whole one; ``None`` where there is none."""
         self._repaired = True
@@ -71,13 +87,56 @@ class JSONLines:
         return json.loads(lines[-1]) if lines else None
 
 
+def _step_of(line: bytes) -> int:
+    """Return the step of a line; what holds none stays in the file."""
+    try:
+        return int(json.loads(line)["step"] or 0)
+    except (ValueError, TypeError, KeyError):
+        return -1
+
+
+def cut_logs(run_dir: Path, step: int) -> None:
+    """Remove what a run logged of a step and later ones, which it is about to do again."""
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        JSONLines(run_dir / name).cut(step)
+
+
+def settle_logs(trainer: Trainer) -> None:
+    """Wait until all that was logged is on the disk."""
+    for own in trainer.loggers:
+        own.save()
+    for pattern in ("*.jsonl", "events.out.tfevents.*"):
+        for path in Path(trainer.default_root_dir).glob(pattern):
+            sync_to_disk(path)
+
+
+def log_step_now(trainer: Trainer) -> None:
+    """Log the present step from within ``on_train_batch_end``; Lightning would do so right behind it.
+
+    A checkpoint that is written there would be ahead of the logs until then, and a kill in between would leave the step
+    out of them. There is no public way to ask for it.
+    """
+    connector: Any = trainer._logger_connector
+    connector.update_train_step_metrics()
+    known = set(connector.metrics["log"])
+
+    def log_what_came_since() -> None:
+        del connector.update_train_step_metrics  # what the class defines shows again
+        logged = connector.metrics["log"]
+        if connector.should_update_logs:
+            connector.log_metrics({name: logged[name] for name in logged.keys() - known})
+
+    connector.update_train_step_metrics = log_what_came_since
+
+
 class JSONLLogger(Logger):
     """Appends every logged value to ``metrics.jsonl``, beside the TensorBoard events of the same run.
 
     A line is ``{"step": 12, "time": 34.5, "train/loss": 0.69, ...}``: ``step`` is the number of batches (for PPO:
     iterations) before this one, TensorBoard's x axis; ``time`` is the seconds that the run has taken, counted on when a
     run is resumed. Values that are not finite are strings (see :func:`to_json`). Only the first process writes. A
-    resumed run appends, so that steps after its checkpoint stand twice: :func:`read_metrics` keeps the later ones.
+    run that is resumed under :class:`~rlhf_lightning.checkpointing.RunCheckpoint` cuts the steps after its checkpoint;
+    under another they stand twice, and :func:`read_metrics` keeps the later ones.
 
     Args:
         save_dir: The run's folder.

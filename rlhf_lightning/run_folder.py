@@ -103,13 +103,18 @@ def set_aside_logs(run_dir: Path) -> None:
     set_aside(run_dir, [run_dir / "metrics.jsonl", run_dir / "samples.jsonl", *run_dir.glob("events.out.tfevents.*")])
 
 
-def run_loggers(run_dir: Path) -> "list[Logger]":
-    """Return the loggers of a run: TensorBoard events and ``metrics.jsonl``, both directly in its folder."""
+def run_loggers(run_dir: Path, next_step: int | None = None) -> "list[Logger]":
+    """Return the loggers of a run: TensorBoard events and ``metrics.jsonl``, both directly in its folder.
+
+    Args:
+        run_dir: The folder.
+        next_step: First step that a run which is taken up will log: TensorBoard shows nothing older from there on.
+    """
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from rlhf_lightning.loggers import JSONLLogger
 
-    events = TensorBoardLogger(save_dir=run_dir, name="", version="", default_hp_metric=False)
+    events = TensorBoardLogger(save_dir=run_dir, name="", version="", default_hp_metric=False, purge_step=next_step)
     return [events, JSONLLogger(run_dir)]
 
 

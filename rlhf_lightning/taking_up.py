@@ -1,83 +1,124 @@
 """The checkpoint that a run is taken up from: where it is, and whether the run can go on from it."""
 
-import contextlib
 import logging
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from rlhf_lightning.checkpoint_files import (
+    BEST,
+    CHECKPOINT_KEY,
+    LAST,
+    RUN_KEY,
+    DamagedCheckpointError,
+    check_file,
+    kept_checkpoints,
+    read_head,
+)
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.export import CHECKPOINT_KEY, check_is_checkpoint
 
 logger = logging.getLogger("rlhf_lightning")
 
-LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
+CHECKPOINTS = "checkpoints"
+LAST_CHECKPOINT = Path(CHECKPOINTS, LAST)
 _SHARDED = (".metadata", "latest")  # what marks a folder as a checkpoint in parts: torch.distributed's, DeepSpeed's
 
 
 def resolve_checkpoint(ckpt_path: str | None, run_dir: str | Path | None) -> str | None:
-    """Return the checkpoint to start from, as a path that exists; ``None`` starts from the beginning.
+    """Return the checkpoint to start from, as the path of a whole one; ``None`` starts from the beginning.
 
     Args:
-        ckpt_path: A file, ``"auto"`` (the run folder's last checkpoint where there is one, else the beginning), or
-            ``"last"`` (the run folder's last checkpoint, which must exist). ``None`` is the beginning.
+        ckpt_path: A file, ``"auto"`` (the run folder's newest checkpoint that is not damaged where there is any, else
+            the beginning), ``"last"`` (the run folder's last checkpoint, which must exist and be whole), or ``"best"``
+            (its best by the monitored metric, likewise). ``None`` is the beginning.
         run_dir: The run folder as far as it is known.
 
     Raises:
-        UserError: If the checkpoint does not exist or is none, or ``"auto"`` and ``"last"`` come without a run folder.
+        UserError: If the checkpoint does not exist, is damaged or none, or was written by a newer version; or one is
+            looked for in a run folder that is not named.
     """
-    if ckpt_path is None or ckpt_path in ("best", "hpc", "registry") or ckpt_path.startswith("registry:"):
+    if ckpt_path is None or ckpt_path in ("hpc", "registry") or ckpt_path.startswith("registry:"):
         return ckpt_path
-    if ckpt_path in ("auto", "last"):
+    if ckpt_path in ("auto", "last", "best"):
         if run_dir is None:
             raise UserError(f"--ckpt_path {ckpt_path} looks into the run folder: name it with --run_dir DIR.")
-        last = Path(run_dir) / LAST_CHECKPOINT
-        if not last.exists() and ckpt_path == "last":
-            raise UserError(
-                f"{last} does not exist, so there is nothing to take up; --ckpt_path auto would start anew."
-            )
-        if not last.exists():
-            logger.warning("no checkpoint in %s: this run starts from the beginning", run_dir)
-        return str(last) if last.exists() else None
-    path = Path(ckpt_path)
+        folder = Path(run_dir, CHECKPOINTS)
+        return _newest(folder) if ckpt_path == "auto" else _named(folder / {"last": LAST, "best": BEST}[ckpt_path])
+    return _checked(Path(ckpt_path))
+
+
+def _newest(folder: Path) -> str | None:
+    """Return the newest whole checkpoint; one that is damaged is told of."""
+    kept = kept_checkpoints(folder)
+    for path in kept:
+        try:
+            return _checked(path)
+        except DamagedCheckpointError as damage:
+            logger.warning("%s", damage)
+    if kept:
+        raise UserError(
+            f"every checkpoint in '{folder}' is damaged; name another by --ckpt_path FILE, or start anew in another "
+            "folder by --run_dir DIR."
+        )
+    logger.warning("no checkpoint in %s: this run starts from the beginning", folder.parent)
+    return None
+
+
+def _named(path: Path) -> str:
+    if not path.exists():
+        advice = (
+            "--ckpt_path auto would start anew"
+            if path.name == LAST
+            else "RunCheckpoint keeps one where monitor names a metric"
+        )
+        raise UserError(f"{path} does not exist, so there is nothing to take up; {advice}.")
+    return _checked(path)
+
+
+def _checked(path: Path) -> str:
     if any((path / name).exists() for name in _SHARDED):
         return str(path)
-    check_is_checkpoint(path)
-    _refuse_foreign(path)
+    check_file(path)
+    head = read_head(path)
+    if head and "pytorch-lightning_version" not in head:  # one that holds objects is left to --weights_only
+        raise UserError(f"'{path}' was not written by a Trainer; give a .ckpt file of a run's checkpoints/ folder.")
     return str(path)
-
-
-def _refuse_foreign(path: Path) -> None:
-    """Refuse a file of torch that no Trainer has written; one that holds objects is left to ``--weights_only``."""
-    with contextlib.suppress(pickle.UnpicklingError):
-        if "pytorch-lightning_version" not in torch.load(path, map_location="meta", weights_only=True, mmap=True):
-            raise UserError(f"'{path}' was not written by a Trainer; give a .ckpt file of a run's checkpoints/ folder.")
 
 
 def refuse_second_run(run_dir: str | Path | None, ckpt_path: str | None) -> None:
     """Keep a fresh ``fit`` from writing over the checkpoints of an earlier one.
 
     Raises:
-        UserError: If the folder holds a last checkpoint and this run does not start from any checkpoint.
+        UserError: If the folder holds a checkpoint and this run does not start from any checkpoint.
     """
-    if run_dir is not None and ckpt_path is None and (Path(run_dir) / LAST_CHECKPOINT).exists():
+    if run_dir is not None and ckpt_path is None and kept_checkpoints(Path(run_dir, CHECKPOINTS)):
         raise UserError(
             f"{run_dir} already holds a run. Take it up with --ckpt_path auto, or name another folder by --run_dir DIR."
         )
 
 
-def refuse_other_module(checkpoint: str | None, class_path: str) -> None:
-    """Refuse to take up a run of another of this package's modules; a class of the user's own is for him to judge.
+def refuse_to_take_up(checkpoint: str, head: dict[str, Any], class_path: str, max_steps: int) -> None:
+    """Refuse a checkpoint that this run cannot go on from.
+
+    Args:
+        checkpoint: Its path, to be named.
+        head: What it holds, as :func:`~rlhf_lightning.checkpoint_files.read_head` tells.
+        class_path: The module that is to be trained.
+        max_steps: Steps to train; -1 where epochs are counted.
 
     Raises:
-        UserError: If the checkpoint was written by a module of this package, and ``class_path`` names another one.
+        UserError: If another module has written it, it has gone further than it may, or the rest of an epoch would be
+            left out.
     """
+    _refuse_other_module(checkpoint, head, class_path)
+    _refuse_fewer_steps(checkpoint, head, max_steps)
+    _refuse_cut_epoch(checkpoint, head, max_steps)
+
+
+def _refuse_other_module(checkpoint: str, head: dict[str, Any], class_path: str) -> None:
+    """Refuse a run of another of this package's modules; a class of the user's own is for him to judge."""
     import rlhf_lightning
 
-    state = None if checkpoint is None else _checkpoint_state(Path(checkpoint))
-    writer = (state or {}).get(CHECKPOINT_KEY, {}).get("module")
+    writer = head.get(CHECKPOINT_KEY, {}).get("module")
     taker = class_path.rpartition(".")[2]
     if writer != taker and {writer, taker} <= set(rlhf_lightning.__all__):
         raise UserError(
@@ -86,29 +127,18 @@ def refuse_other_module(checkpoint: str | None, class_path: str) -> None:
         )
 
 
-def refuse_fewer_steps(checkpoint: str | None, max_steps: int) -> None:
-    """Refuse to take up a run that has already gone further than it is now told to go.
-
-    Raises:
-        UserError: If the checkpoint was written after more steps than ``max_steps``, which is -1 where there is no such
-            limit.
-    """
-    done = None if checkpoint is None or max_steps < 0 else step_of(Path(checkpoint))
-    if done is not None and done > max_steps:
+def _refuse_fewer_steps(checkpoint: str, head: dict[str, Any], max_steps: int) -> None:
+    done = int(head.get("global_step", 0))
+    if 0 <= max_steps < done:
         raise UserError(
             f"'{checkpoint}' was written after {done} steps, more than trainer.max_steps {max_steps}; set more "
             "to go on from it."
         )
 
 
-def refuse_cut_epoch(checkpoint: str | None, max_steps: int) -> None:
-    """Refuse to go on by epochs where a limit of steps has ended a run within one, which counts as done.
-
-    Raises:
-        UserError: If the rest of that epoch would be left out without a word.
-    """
-    state = None if checkpoint is None or max_steps >= 0 else _checkpoint_state(Path(checkpoint))
-    loop = {} if state is None else state.get("loops", {}).get("fit_loop", {})
+def _refuse_cut_epoch(checkpoint: str, head: dict[str, Any], max_steps: int) -> None:
+    """Refuse to go on by epochs where a limit of steps has ended a run within one, which counts as done."""
+    loop = {} if max_steps >= 0 else head.get("loops", {}).get("fit_loop", {})
     epochs = loop.get("epoch_progress", {}).get("current", {})
     last = loop.get("epoch_loop.batch_progress", {}).get("is_last_batch", True)
     if epochs and epochs["processed"] == epochs["started"] and not last:
@@ -120,16 +150,14 @@ def refuse_cut_epoch(checkpoint: str | None, max_steps: int) -> None:
 
 def step_of(checkpoint: Path) -> int | None:
     """Return the step a checkpoint was written after; ``None`` for one that is in parts or holds objects."""
-    state = _checkpoint_state(checkpoint)
-    return None if state is None else int(state.get("global_step", 0))
+    head = read_head(checkpoint)
+    return int(head.get("global_step", 0)) if head else None
 
 
-def _checkpoint_state(checkpoint: Path) -> dict[str, Any] | None:
-    """Return what a checkpoint holds, weights without their numbers; ``None`` as of :func:`step_of`."""
-    with contextlib.suppress(pickle.UnpicklingError):
-        if checkpoint.is_file():
-            return dict(torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True))
-    return None
+def next_logged_step(head: dict[str, Any]) -> int | None:
+    """Return the first step that was not yet logged when a checkpoint was written; ``None`` where it does not tell."""
+    step = head.get(RUN_KEY, {}).get("next_step")
+    return None if step is None else int(step)
 
 
 def run_of_checkpoint(checkpoint: str | None) -> Path | None:
@@ -140,4 +168,4 @@ def run_of_checkpoint(checkpoint: str | None) -> Path | None:
         (PosixPath('runs/ppo-1'), None)
     """
     folder = Path(checkpoint).parent if checkpoint else Path()
-    return folder.parent if folder.name == LAST_CHECKPOINT.parent.name else None
+    return folder.parent if folder.name == CHECKPOINTS else None

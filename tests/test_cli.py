@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from rlhf_lightning.__main__ import main
+from rlhf_lightning.checkpoint_files import CHECKPOINT_KEY
 from rlhf_lightning.cli import check_command, needs_processes
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.export import CHECKPOINT_KEY
 from rlhf_lightning.modules.base import ModelModule
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhf_lightning.checkpoint_files import CHECKPOINT_KEY
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.export import CHECKPOINT_KEY
 from rlhf_lightning.taking_up import (
     LAST_CHECKPOINT,
-    refuse_other_module,
     refuse_second_run,
+    refuse_to_take_up,
     resolve_checkpoint,
 )
 
@@ -67,14 +67,12 @@ def test_folder_with_a_run_takes_no_second(tmp_path: Path) -> None:
         refuse_second_run(tmp_path, None)
 
 
-def test_a_checkpoint_of_another_module_is_refused_by_name(tmp_path: Path) -> None:
-    path = tmp_path / "last.ckpt"
-    torch.save({CHECKPOINT_KEY: {"module": "DPOModule"}}, path)
+def test_a_checkpoint_of_another_module_is_refused_by_name() -> None:
+    head = {CHECKPOINT_KEY: {"module": "DPOModule"}}
     with pytest.raises(UserError, match=r"last\.ckpt' was written by DPOModule, and this run trains PPOModule; give"):
-        refuse_other_module(str(path), "rlhf_lightning.PPOModule")
-    refuse_other_module(str(path), "rlhf_lightning.modules.dpo.DPOModule")
-    refuse_other_module(str(path), "mine.MyDPO")  # may well be made from it
-    refuse_other_module(None, "rlhf_lightning.PPOModule")
+        refuse_to_take_up("last.ckpt", head, "rlhf_lightning.PPOModule", -1)
+    refuse_to_take_up("last.ckpt", head, "rlhf_lightning.modules.dpo.DPOModule", -1)
+    refuse_to_take_up("last.ckpt", head, "mine.MyDPO", -1)  # may well be made from it
 
 
 def test_auto_says_that_it_starts_from_the_beginning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

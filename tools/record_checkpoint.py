@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from rlhf_lightning.__main__ import main as run
-from rlhf_lightning.models.export import CHECKPOINT_FORMAT
+from rlhf_lightning.checkpoint_files import CHECKPOINT_FORMAT
 
 TINY = (
     "{hidden_size: 4, intermediate_size: 4, num_attention_heads: 1, num_key_value_heads: 1, num_hidden_layers: 1, "

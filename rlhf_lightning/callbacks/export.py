@@ -1,13 +1,13 @@
 """The trained model as a folder that is whole or not there."""
 
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 
+from rlhf_lightning.checkpoint_files import sync_to_disk
 from rlhf_lightning.errors import UserError
 
 logger = logging.getLogger("rlhf_lightning")
@@ -66,13 +66,13 @@ def replace_folder(finished: Path, target: Path) -> None:
         target: Its final name.
     """
     for path in (*finished.rglob("*"), finished):
-        _sync_to_disk(path)
+        sync_to_disk(path)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
     finished.rename(target)
-    _sync_to_disk(target.parent)
+    sync_to_disk(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -87,12 +87,3 @@ def recover_folder(target: Path) -> None:
         old.rename(target)
     shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(target.with_name(f".{target.name}.unfinished"), ignore_errors=True)
-
-
-def _sync_to_disk(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,21 +2,18 @@
 
 import pickle
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf_lightning.errors import UserError, did_you_mean
+from rlhf_lightning.checkpoint_files import CHECKPOINT_FORMAT, CHECKPOINT_KEY, check_file, refuse_newer_format
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.loading import quiet_transformers
 from rlhf_lightning.models.lora import add_adapters, lora_of_settings, merged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-CHECKPOINT_KEY = "rlhf_lightning"
-CHECKPOINT_FORMAT = 1
 
 
 def write_model_folder(directory: str | Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -72,7 +69,7 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path) -> Path:
         UserError: If the file is missing, damaged or from elsewhere, or the folder is not empty.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    check_is_checkpoint(checkpoint)
+    check_file(checkpoint)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output {str(output)!r} exists and is not an empty folder; give another or remove it.")
     state = _read_checkpoint(checkpoint)
@@ -84,24 +81,6 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path) -> Path:
     with quiet_transformers():
         model.save_pretrained(output)
     return output
-
-
-def check_is_checkpoint(path: Path) -> None:
-    """Refuse what cannot be a checkpoint file, without reading it.
-
-    Raises:
-        UserError: If it is missing, a folder, damaged, or a file of another kind.
-    """
-    if path.is_dir():
-        inside = [*sorted(path.glob("*.ckpt")), *sorted(path.glob("checkpoints/*.ckpt"))]
-        advice = f"'{inside[0]}'" if inside else "a .ckpt file of a run's checkpoints/ folder"
-        raise UserError(f"checkpoint '{path}' is a folder; give {advice}.")
-    if not path.exists():
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        advice = did_you_mean(path.name, siblings) or " Give a .ckpt file of a run's checkpoints/ folder."
-        raise UserError(f"checkpoint '{path}' does not exist.{advice}")
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"'{path}' is not a checkpoint, or a damaged one; give a .ckpt file that a run has written.")
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
@@ -119,8 +98,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(state, dict) or CHECKPOINT_KEY not in state:
         raise UserError(f"checkpoint {str(path)!r} was not written by rlhf_lightning; it names no model to export.")
-    if state[CHECKPOINT_KEY]["format"] > CHECKPOINT_FORMAT:
-        raise UserError(f"checkpoint {str(path)!r} was written by a newer rlhf_lightning; update the package.")
+    refuse_newer_format(state, path)
     return state
 
 

@@ -15,10 +15,11 @@ from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from rlhf_lightning.checkpoint_files import CHECKPOINT_KEY, refuse_newer_format
 from rlhf_lightning.distributed import world_size
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch
-from rlhf_lightning.models.export import CHECKPOINT_KEY, pack_model, write_model_folder
+from rlhf_lightning.models.export import pack_model, write_model_folder
 from rlhf_lightning.models.gradients import adding_in_place
 from rlhf_lightning.models.loading import load_config, load_tokenizer
 from rlhf_lightning.models.lora import adapter_settings, describe_adapters
@@ -202,11 +203,12 @@ class ModelModule(LightningModule):
         """Put the frozen models' own weights back, so that loading stays strict.
 
         Raises:
-            UserError: If the checkpoint holds other tensors than this module, or a fit would be taken up beside other
-                frozen models than it began with.
+            UserError: If the checkpoint holds other tensors than this module or was written by a newer version of this
+                package, or a fit would be taken up beside other frozen models than it began with.
         """
         if CHECKPOINT_KEY not in checkpoint:
             raise UserError("the checkpoint was not written by rlhf_lightning; give one of a run's checkpoints/.")
+        refuse_newer_format(checkpoint)
         self._refuse_other_adapters(checkpoint[CHECKPOINT_KEY].get("adapters", {}))
         self.nonfinite.count = checkpoint[CHECKPOINT_KEY].get("nonfinite_steps", 0)
         for name, module in self.frozen_modules().items():

@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from rlhf_lightning.algorithm.preference_losses import Pairs, PreferenceLoss, SigmoidLoss
+from rlhf_lightning.checkpoint_files import CHECKPOINT_KEY
 from rlhf_lightning.data.collate import PairBatch
 from rlhf_lightning.data.preferences import PreferenceDataModule
 from rlhf_lightning.errors import UserError
@@ -17,7 +18,6 @@ from rlhf_lightning.functional.preference import length_desensitised_logprobs
 from rlhf_lightning.functional.sequences import SequenceBatch, token_groups
 from rlhf_lightning.metrics import MarginStatistics, MaskedMean, RewardAccuracy, TieShare, pair_points
 from rlhf_lightning.models.causal_lm import response_logprobs
-from rlhf_lightning.models.export import CHECKPOINT_KEY
 from rlhf_lightning.models.loading import load_reference
 from rlhf_lightning.models.logprob_cache import LogprobCache
 from rlhf_lightning.models.lora import LoRA

@@ -12,9 +12,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from rlhf_lightning.algorithm.score_transforms import global_moments
+from rlhf_lightning.checkpoint_files import CHECKPOINT_KEY
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch
-from rlhf_lightning.models.export import CHECKPOINT_KEY
 from rlhf_lightning.models.loading import is_sequence_classifier, load_sequence_classifier
 from rlhf_lightning.models.lora import LoRA, add_adapters
 from rlhf_lightning.models.scalar_head import ScalarModel, ensure_distinct_pad

@@ -13,9 +13,10 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from rlhf_lightning.__main__ import main
+from rlhf_lightning.checkpoint_files import read_head
 from rlhf_lightning.checkpointing import RunCheckpoint
 from rlhf_lightning.loggers import read_metrics
-from rlhf_lightning.taking_up import refuse_cut_epoch
+from rlhf_lightning.taking_up import refuse_to_take_up
 
 TINY = "{hidden_size: 16, intermediate_size: 32, num_attention_heads: 2, num_key_value_heads: 2}"
 COMMON = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--model.optimizer.lr=0.01"]
@@ -172,7 +173,8 @@ def test_going_on_by_epochs_where_steps_have_cut_one_is_refused(capsys: pytest.C
     assert fit("run", "--trainer.max_steps=10", "--ckpt_path=auto") == 0
     assert fit("whole", "--trainer.max_steps=10") == 0
     check_equal("run", "whole", "train/loss")
-    refuse_cut_epoch("run/checkpoints/last.ckpt", -1)  # which ends where an epoch does
+    last = Path("run/checkpoints/last.ckpt")
+    refuse_to_take_up(str(last), read_head(last), "SFTModule", -1)  # which ends where an epoch does
 
 
 def test_a_second_fit_of_the_same_objects_begins_anew(tmp_path: Path) -> None:

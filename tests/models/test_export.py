@@ -13,10 +13,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rlhf_lightning.checkpoint_files import CHECKPOINT_KEY
 from rlhf_lightning.data.chat import ConversationEncoder
 from rlhf_lightning.data.collate import collate_sequences
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.export import CHECKPOINT_KEY, export_checkpoint, pack_model, write_model_folder
+from rlhf_lightning.models.export import export_checkpoint, pack_model, write_model_folder
 from rlhf_lightning.models.loading import load_sequence_classifier
 from rlhf_lightning.models.scalar_head import ScalarModel, ensure_distinct_pad
 

@@ -20,10 +20,11 @@ from rlhf_lightning.algorithm.preference_losses import (
     RobustLoss,
     SigmoidLoss,
 )
+from rlhf_lightning.checkpoint_files import CHECKPOINT_KEY
 from rlhf_lightning.data.collate import PairBatch, PairExample, collate_pairs
 from rlhf_lightning.data.preferences import PreferenceDataModule
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.export import CHECKPOINT_KEY, export_checkpoint
+from rlhf_lightning.models.export import export_checkpoint
 from rlhf_lightning.modules.dpo import DPOModule
 
 MakeTrainer = Callable[..., Trainer]

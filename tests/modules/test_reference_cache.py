@@ -11,12 +11,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from rlhf_lightning.checkpoint_files import CHECKPOINT_KEY
 from rlhf_lightning.data.collate import collate_sequences
 from rlhf_lightning.data.preferences import PreferenceDataModule
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.models import causal_lm
-from rlhf_lightning.models.export import CHECKPOINT_KEY
 from rlhf_lightning.models.logprob_cache import LogprobCache
 from rlhf_lightning.modules.base import fingerprint
 from rlhf_lightning.modules.dpo import DPOModule
