@@ -1,12 +1,10 @@
 """Checkpoint files: written whole or not at all, told from damaged ones, and kept by their step."""
 
-import contextlib
 import os
 import pickle
 import re
 import shutil
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +74,18 @@ def check_file(path: Path) -> None:
         raise UserError(f"checkpoint '{path}' does not exist.{advice}")
     try:
         if not zipfile.is_zipfile(path):
-            raise DamagedCheckpointError(
-                f"'{path}' is not a checkpoint, or a damaged one; give a .ckpt file that a run has written."
-            )
-        with zipfile.ZipFile(path) as archive:
-            part = archive.testzip()
+            part: str | None = ""
+        else:
+            with zipfile.ZipFile(path) as archive:
+                part = archive.testzip()
     except PermissionError as refusal:
         raise UserError(f"checkpoint '{path}' cannot be read: {refusal.strerror}.") from refusal
-    except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, EOFError) as fault:  # of a directory that is wrong
+    except Exception as fault:  # of what kind depends on the place that is damaged
         raise DamagedCheckpointError(f"checkpoint '{path}' is damaged ({fault}){_another(path)}.") from fault
+    if part == "":
+        raise DamagedCheckpointError(
+            f"'{path}' is not a checkpoint, or a damaged one; give a .ckpt file that a run has written."
+        )
     if part is not None:
         raise DamagedCheckpointError(
             f"checkpoint '{path}' is damaged: {part} does not match its checksum{_another(path)}."
@@ -100,12 +101,18 @@ def read_head(path: Path) -> dict[str, Any]:
     """Return what a checkpoint holds, weights without their numbers; nothing of one in parts or with objects in it.
 
     Raises:
+        DamagedCheckpointError: If torch cannot read it.
         UserError: If it was written by a newer version of this package.
     """
     head: dict[str, Any] = {}
-    with contextlib.suppress(pickle.UnpicklingError):
+    try:
         if path.is_file():
             head = dict(torch.load(path, map_location="meta", weights_only=True, mmap=True))
+    except pickle.UnpicklingError:
+        return head
+    except Exception as fault:  # torch raises errors of its archive and of Python alike
+        reason = next(iter(str(fault).splitlines()), type(fault).__name__)
+        raise DamagedCheckpointError(f"checkpoint '{path}' cannot be read ({reason[:120]}){_another(path)}.") from fault
     refuse_newer_format(head, path)
     return head
 

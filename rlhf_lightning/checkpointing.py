@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from rlhf_lightning.callbacks.timing import run_ends
 from rlhf_lightning.checkpoint_files import (
     RUN_KEY,
     check_file,
@@ -145,7 +146,7 @@ class RunCheckpoint(Checkpoint):
         self._saved_time = time.monotonic()
         self._kept_step: int | None = None  # of last.ckpt
         self._next_step: int | None = None  # to be logged, where a checkpoint is taken up or written
-        self._validated = False  # since it was saved
+        self._validated_step = -1  # last validated, unless it was saved since
         self._training = False
         self._due = False  # after the validation that follows
         self._interruption = Interruption()
@@ -175,7 +176,7 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock, listen for Ctrl-C, and cut what was logged beyond the checkpoint that is taken up."""
-        self._saved_step, self._saved_time, self._validated = trainer.global_step, time.monotonic(), False
+        self._saved_step, self._saved_time, self._validated_step = trainer.global_step, time.monotonic(), -1
         self._training, self._due = True, False
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -199,7 +200,7 @@ class RunCheckpoint(Checkpoint):
         stop, requeue, late = any_process(self._interruption.asked, self._interruption.requeue, late)
         if stop:
             self._interruption.stop(trainer, requeue=requeue)
-        elif self._saved_step != trainer.global_step and not _run_ends(trainer):  # which is saved there
+        elif self._saved_step != trainer.global_step and not run_ends(trainer):  # which is saved there
             due = self.every_n_steps > 0 and trainer.global_step % self.every_n_steps == 0
             if (due or late) and _validation_follows(trainer):
                 self._due = True  # taken up from before it, a run would go on without it
@@ -215,11 +216,11 @@ class RunCheckpoint(Checkpoint):
         """Save where the step before asked for it or is the best, and stop where that was asked for."""
         if trainer.sanity_checking:
             return
-        self._validated = True
+        self._validated_step = trainer.global_step
         self._interruption.stops(trainer)
         (stopping,) = any_process(trainer.received_sigterm)
         wanted = self._due or (self.best.improves(trainer) and not trainer.fit_loop._should_accumulate())
-        if stopping or (wanted and not _run_ends(trainer)):
+        if stopping or (wanted and not run_ends(trainer)):
             self._save(trainer)  # before Lightning counts the step, as it will again when it is restarted from here
         self.best.check_is_logged(trainer)
 
@@ -228,7 +229,8 @@ class RunCheckpoint(Checkpoint):
         self._save(trainer, counted=True)
         if self.best.monitor is not None and self.best.step is None and trainer.is_global_zero:
             logger.warning("no best checkpoint: %s was never logged, or never a number", self.best.monitor)
-        if self._interruption.stops(trainer):
+        stops = self._interruption.stops(trainer)
+        if stops or any_process(trainer.received_sigterm)[0]:
             raise SIGTERMException  # Lightning has looked for the last time.
         self._interruption.forget()
         self._training = False
@@ -240,8 +242,9 @@ class RunCheckpoint(Checkpoint):
                 if self._interruption.agreed:
                     # Lightning kills the first process when one that it started from there fails.
                     exception.code = self._interruption.status if trainer.local_rank == 0 else 0
-                if self._validated or trainer.global_step != self._saved_step:
-                    self._save(trainer, counted=True)
+                validated = self._validated_step == trainer.global_step
+                if validated or trainer.global_step != self._saved_step:
+                    self._save(trainer, counted=not _back_to_the_step(trainer, validated=validated))
                 self._interruption.ask_for_requeue(trainer)
         finally:
             self._interruption.forget()
@@ -269,7 +272,7 @@ class RunCheckpoint(Checkpoint):
             if path.is_file():
                 check_file(path)
             return int(read_head(path)["global_step"])
-        except (UserError, KeyError, RuntimeError):
+        except (UserError, KeyError):
             return None
 
     def _save(self, trainer: Trainer, *, counted: bool = False) -> None:
@@ -295,7 +298,7 @@ class RunCheckpoint(Checkpoint):
             if is_best:
                 logger.info("best so far: %s %.4g at step %d", self.best.monitor, self.best.value, step)
         trainer.strategy.barrier("RunCheckpoint")
-        self._saved_step, self._saved_time, self._validated = step, time.monotonic(), False
+        self._saved_step, self._saved_time, self._validated_step = step, time.monotonic(), -1
         self._due, self._next_step = False, None
 
     def _write(self, trainer: Trainer, path: Path) -> None:
@@ -331,12 +334,23 @@ def _free(folder: Path) -> str:
         return "the folder is gone"
 
 
-def _run_ends(trainer: Trainer) -> bool:
-    """Tell whether the present step is the last by a limit of steps or epochs; what stops early cannot be foreseen."""
-    steps, epochs = trainer.fit_loop.max_steps, trainer.fit_loop.max_epochs
-    if 0 <= steps <= trainer.global_step:
-        return True
-    return epochs is not None and trainer.is_last_batch and 0 <= epochs <= trainer.current_epoch + 1
+def _back_to_the_step(trainer: Trainer, *, validated: bool) -> bool:
+    """Put Lightning's counts back from the end of an epoch to that of its last step; return whether they were there.
+
+    It goes on rightly from a checkpoint of that step, or of the validation behind it. One that is written behind the
+    epoch, where limits of steps end the run, it takes for one of within: the next epoch ends after a single step.
+    """
+    loop = trainer.fit_loop
+    epochs, batches = loop.epoch_progress, loop.epoch_loop.batch_progress
+    if not (trainer.is_last_batch and epochs.current.completed == epochs.current.ready):
+        return False
+    pairs: list[tuple[Any, Any]] = [(epochs.current, batches.current), (epochs.total, batches.total)]
+    for epoch, batch in pairs:
+        epoch.processed -= 1
+        epoch.completed -= 1
+        batch.completed -= not validated
+    loop.epoch_loop._batches_that_stepped -= 1
+    return True
 
 
 def _validation_follows(trainer: Trainer) -> bool:

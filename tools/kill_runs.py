@@ -1,18 +1,21 @@
 """Stop training runs at random moments, take them up again, and compare their ends with runs that were never stopped.
 
     python tools/kill_runs.py [--modules sft reward dpo kto ppo rloo] [--kills 200] [--terms 50] [--seed 0]
+        [--places save step ...]
 
 Each module trains a model of a few thousand parameters on the built-in demo for eight steps, with a checkpoint every
 second step and two validations; one undisturbed run of it is the measure. A disturbed run is stopped one to three
 times, then left to finish; each time it starts by the same command, with ``--ckpt_path auto``. Half of the moments are
-uniform over what the undisturbed run took; the other half lie within a place: one of ``PLACES`` is drawn, one of the
-times that the undisturbed run came there, and a share of the time that it spent there, all evenly. ``--terms`` are
-such runs stopped by SIGTERM, which has to end with status 143, or -15 before training began, instead of SIGKILL.
+uniform over what the undisturbed run took; the other half lie within a place or right behind it: one of ``PLACES`` is
+drawn, one of the times that the undisturbed run came there, and up to twice the time that it spent there, all evenly.
+With ``--places`` all moments are drawn from these. ``--terms`` are such runs stopped by SIGTERM, which has to end with
+status 143, or -15 before training began, instead of SIGKILL.
 
 Compared are, bit for bit, the last checkpoint (weights, optimizer, schedule, counters, places in the data; not
-Lightning's own counts of epochs and batches, which tell whether a run ended within its last epoch), the metrics by step
-(but for times, speeds and the self-check that each start makes), the samples, and the exported model. Runs are forks of
-one process that has imported everything, so that a start takes a second.
+Lightning's own counts of epochs and batches, which tell whether a run ended within its last epoch), the best one's
+step, the lines of metrics.jsonl and samples.jsonl as they stand and the curves of TensorBoard (but for times, speeds
+and the self-check that each start makes), and the exported model. Runs are forks of one process that has imported
+everything, so that a start takes a second.
 """
 
 import argparse
@@ -38,8 +41,11 @@ TINY = "{hidden_size: 16, intermediate_size: 32, num_attention_heads: 2, num_key
 COMMON = (
     "--trainer.accelerator=cpu --trainer.enable_progress_bar=false --model.optimizer.lr=0.01 --ckpt_path=auto "
     f"--trainer.max_steps={STEPS} --trainer.val_check_interval=3 --trainer.check_val_every_n_epoch=null "
-    "--trainer.log_every_n_steps=1 --trainer.callbacks=RunCheckpoint --trainer.callbacks.every_n_steps=2"
+    "--trainer.log_every_n_steps=1 --trainer.callbacks=RunCheckpoint --trainer.callbacks.every_n_steps=2 "
+    "--trainer.callbacks.mode=min"
 ).split()
+#: By which the best checkpoint is kept.
+MONITORS = {"ppo": "val/score", "rloo": "val/score"}
 PAIRS = shlex.split("--data.source=builtin:demo/train --data.limit=24 --data.val_size=4 --data.batch_size=4")
 PROMPTS = shlex.split(
     "--data=PromptDataModule --data.source=builtin:demo/prompts --data.limit=20 --data.val_size=4 "
@@ -70,6 +76,8 @@ PLACES = {
     "scoring": "rlhf_lightning.modules.rollout_module:RolloutModule.score",
     "optimizer": "torch.optim:AdamW.step",
     "log": "rlhf_lightning.loggers:JSONLines.write",
+    "step": "lightning.pytorch.trainer.connectors.logger_connector.logger_connector:"
+    "_LoggerConnector.update_train_step_metrics",
     "validation": "lightning.pytorch.loops.evaluation_loop:_EvaluationLoop.run",
     "export": "rlhf_lightning.callbacks.export:ExportModel.on_train_end",
 }
@@ -201,29 +209,49 @@ def watch(place: str, path: str, told: int) -> None:
 
 def arguments_of(module: str, run_dir: Path) -> list[str]:
     """Return what follows ``fit``."""
-    return [*MODULES[module], *COMMON, f"--run_dir={run_dir}"]
+    monitor = f"--trainer.callbacks.monitor={MONITORS.get(module, 'val/loss')}"
+    return [*MODULES[module], *COMMON, monitor, f"--run_dir={run_dir}"]
 
 
 def end_of(run_dir: Path) -> dict[str, Any]:
     """Return what a finished run is compared by."""
     import torch
 
-    from rlhf_lightning.loggers import read_metrics
-
     checkpoint = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
-    untimed = [
-        json.dumps({key: row[key] for key in sorted(row) if key != "time" and not key.startswith(_OF_THE_START)})
-        for row in read_metrics(run_dir / "metrics.jsonl")
-    ]
-    samples: dict[Any, set[str]] = {}
-    if (run_dir / "samples.jsonl").exists():
-        rows = map(json.loads, (run_dir / "samples.jsonl").read_text(encoding="utf-8").splitlines())
-        for row in rows:
-            samples.setdefault(row.get("step"), set()).add(json.dumps(row, sort_keys=True))
+    best = torch.load(run_dir / "checkpoints" / "best.ckpt", weights_only=True)
     model = {path.name: path.read_bytes() for path in sorted((run_dir / "model").glob("*.safetensors"))}
     for counts in ("epoch", "loops"):
         checkpoint.pop(counts)
-    return {"checkpoint": flat(checkpoint), "metrics": untimed, "samples": samples, "model": model}
+    return {
+        "checkpoint": flat(checkpoint),
+        "best": best["global_step"],
+        "metrics": untimed(run_dir / "metrics.jsonl"),
+        "samples": untimed(run_dir / "samples.jsonl"),
+        "curves": curves(run_dir),
+        "model": model,
+    }
+
+
+def untimed(path: Path) -> list[str]:
+    """Return the lines of a log without what differs from start to start."""
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.exists() else ()
+    kept = [{key: row[key] for key in sorted(row) if key != "time" and lasting(key)} for row in rows]
+    return [json.dumps(row) for row in kept if row.keys() - {"step", "epoch"}]
+
+
+def curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return the points of TensorBoard's curves."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    names = sorted(name for name in events.Tags()["scalars"] if lasting(name))
+    return {name: [(point.step, point.value) for point in events.Scalars(name)] for name in names}
+
+
+def lasting(name: str) -> bool:
+    """Tell whether a metric is the same from start to start."""
+    return not name.startswith(_OF_THE_START)
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:
@@ -260,17 +288,19 @@ def measure(module: str, folder: Path) -> Measure:
     return Measure(seconds, visits, ends[0])
 
 
-def draw_moment(measure: Measure, generator: random.Random) -> Moment:
+def draw_moment(measure: Measure, generator: random.Random, only: list[str] | None) -> Moment:
     """Draw when to stop a run."""
-    places = sorted({visit.place for visit in measure.visits})
-    if generator.random() < 0.5:
+    places = sorted({visit.place for visit in measure.visits if only is None or visit.place in only})
+    if only is None and generator.random() < 0.5:
         return Moment("", 1, generator.uniform(0, measure.seconds))
     place = generator.choice(places)
     visit = generator.choice([visit for visit in measure.visits if visit.place == place])
-    return Moment(place, visit.number, generator.uniform(0, visit.seconds))
+    return Moment(place, visit.number, generator.uniform(0, 2 * visit.seconds))
 
 
-def disturb(module: str, number: int, folder: Path, known: Measure, tally: Tally, stop: int, left: int) -> int:
+def disturb(
+    module: str, number: int, folder: Path, known: Measure, tally: Tally, stop: int, left: int, only: list[str] | None
+) -> int:
     """Stop one run up to three times, let it finish, and compare; return how many stops it took."""
     import torch
 
@@ -278,7 +308,7 @@ def disturb(module: str, number: int, folder: Path, known: Measure, tally: Tally
     run_dir, log = folder / f"{module}-{stop}-{number}", folder / f"{module}-{stop}-{number}.log"
     stops = 0
     for _ in range(min(left, generator.randint(1, 3))):
-        moment = draw_moment(known, generator)
+        moment = draw_moment(known, generator, only)
         status, _, _ = launch(arguments_of(module, run_dir), log, moment, stop)
         if status == 0:
             break  # it was over before the moment came
@@ -316,6 +346,7 @@ def main() -> int:
     parser.add_argument("--modules", nargs="+", choices=list(MODULES), default=list(MODULES))
     parser.add_argument("--kills", type=int, default=200, help="SIGKILLs, over all modules")
     parser.add_argument("--terms", type=int, default=50, help="SIGTERMs, over all modules")
+    parser.add_argument("--places", nargs="+", choices=list(PLACES), help="draw all moments from these")
     parser.add_argument("--seed", type=int, default=0, help="number of the first run: it draws the moments")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -335,7 +366,7 @@ def main() -> int:
             known, tally, number = measure(module, folder / stop.name), Tally(), options.seed
             while sum(tally.stops.values()) < share:
                 left = share - sum(tally.stops.values())
-                disturb(module, number, folder / stop.name, known, tally, stop, left)
+                disturb(module, number, folder / stop.name, known, tally, stop, left, options.places)
                 number += 1
             stops = ", ".join(f"{name} {count}" for name, count in tally.stops.most_common())
             print(

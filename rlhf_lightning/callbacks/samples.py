@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from rlhf_lightning.callbacks.timing import run_ends
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.loggers import JSONLines
 
@@ -106,12 +107,12 @@ class SampleTable(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write the rollouts of every n-th iteration."""
-        if _step(trainer) % self.every_n == 0:
+        """Write the rollouts of every n-th iteration and of the last, which has to be there before it is saved."""
+        if _step(trainer) % self.every_n == 0 or run_ends(trainer):
             self._write_rollouts(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the last rollouts."""
+        """Write the last rollouts of a run that was stopped early."""
         self._write_rollouts(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

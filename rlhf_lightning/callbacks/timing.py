@@ -1,7 +1,17 @@
 """How far a run is and how long it will take."""
 
+import lightning.pytorch as pl
+
 #: Shares of an iteration that its phases take, believed until one iteration has been timed.
 FIRST_GUESS = {"rollout": 0.5, "score": 0.1, "update": 0.4}
+
+
+def run_ends(trainer: pl.Trainer) -> bool:
+    """Tell whether the present step is the last by a limit of steps or epochs; what stops early cannot be foreseen."""
+    steps, epochs = trainer.fit_loop.max_steps, trainer.fit_loop.max_epochs
+    if 0 <= steps <= trainer.global_step:
+        return True
+    return epochs is not None and trainer.is_last_batch and 0 <= epochs <= trainer.current_epoch + 1
 
 
 class PhaseTimer:

@@ -45,11 +45,12 @@ class CtrlCAt(Callback):
 
 class StoppedAt(RunCheckpoint):
     """Saves each step, and is stopped at one: killed before it ("kill") or in the validation after the one before
-    ("kill_validation"), or asked to stop within it ("SIGINT", "SIGTERM").
+    ("kill_validation"), asked to stop within it ("SIGINT", "SIGTERM"), or, saving nothing else, while the one before is
+    logged ("log").
     """
 
     def __init__(self, batch: int, how: str) -> None:
-        super().__init__(every_n_steps=1)
+        super().__init__(every_n_steps=0 if how == "log" else 1)
         self.batch, self.how = batch, how
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
@@ -57,6 +58,11 @@ class StoppedAt(RunCheckpoint):
             raise RuntimeError("killed")
         if trainer.global_step == self.batch and self.how.startswith("SIG"):
             os.kill(os.getpid(), signal.Signals[self.how])
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        super().on_train_batch_end(trainer, *args)
+        if trainer.global_step == self.batch and self.how == "log":  # the hook of RunCheckpoint is over
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
         if trainer.global_step == self.batch and self.how == "kill_validation" and not trainer.sanity_checking:
@@ -146,6 +152,27 @@ def test_a_run_may_be_stopped_time_and_again(stops: list[tuple[int, str]]) -> No
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
 def test_steps_keep_their_numbers_after_a_stop_at_a_validation(how: str) -> None:
     cut, whole = fit_in_parts("--trainer.max_epochs=2", "--trainer.val_check_interval=2", stops=[(1, how), (8, how)])
+    assert cut == whole
+
+
+# Behind the last step of an epoch, with a validation due there and without.
+@pytest.mark.parametrize("every", [3, 5])
+def test_a_stop_behind_an_epoch_leaves_the_next_one_its_steps(every: int) -> None:
+    steps = [
+        "--trainer.max_steps=12",
+        f"--trainer.val_check_interval={every}",
+        "--trainer.check_val_every_n_epoch=null",
+    ]
+    cut, whole = fit_in_parts(*steps, stops=[(5, "log"), (10, "log")])
+    assert cut == whole
+
+
+@pytest.mark.parametrize("how", ["kill", "SIGTERM", "log"])
+def test_validations_of_every_second_epoch_come_when_they_would_have(how: str) -> None:
+    cut, whole = fit_in_parts(
+        "--trainer.max_epochs=4", "--trainer.check_val_every_n_epoch=2", stops=[(5, how), (9, how)]
+    )
+    assert [step for step, _, _, loss in whole if loss is not None] == [9, 19]
     assert cut == whole
 
 
