@@ -1,9 +1,11 @@
 """What the data modules have in common: rows in, parsed, split, counted, and handed out as batches."""
 
 import contextlib
+import hashlib
 import logging
 import warnings
 from abc import ABC, abstractmethod
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
@@ -132,7 +134,7 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
         self.val_examples: list[Example] = []
         self._encoder: ConversationEncoder | None = None
         self._stream: BatchStream[Example, Batch] | None = None
-        self._taken_up: dict[str, int] | None = None  # a checkpoint's stream, until there is one to go on with it
+        self._taken_up: dict[str, Any] | None = None  # a checkpoint's stream, until there is one to go on with it
 
     @property
     def encoder(self) -> ConversationEncoder:
@@ -203,6 +205,7 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
             rank=rank,
             world_size=world_size,
             shuffle=self.shuffle,
+            digest=content_digest(self.train_examples),
         )
         if self._taken_up is not None:
             self._stream.load_state_dict(self._taken_up)
@@ -334,6 +337,22 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
                 raise UserError(located) from error
             self.counts[f"{part}_dropped_bad"] += 1
             self._first_bad = self._first_bad or f" The first bad row: {located}"
+
+
+def content_digest(examples: Sequence[HasSequences]) -> str:
+    """Return a digest of all that examples hold, in their order.
+
+    Example:
+        >>> from rlhf_lightning.data.collate import SequenceExample
+        >>> content_digest([SequenceExample([1, 2], [3])]) == content_digest([SequenceExample([1], [2, 3])])
+        False
+    """
+    digest = hashlib.sha256()
+    for example in examples:
+        for part in example if isinstance(example, tuple) else example.sequences:
+            held = part.tobytes() if isinstance(part, array) else repr(part).encode()
+            digest.update(f"{len(held)} ".encode() + held)
+    return digest.hexdigest()
 
 
 def _is_blank(prompt: Prompt) -> bool:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -32,6 +32,8 @@ class BatchStream(Generic[Example, Batch]):
         rank: Of this process, in [0, world_size); its batch is every ``world_size``-th example of the global one.
         world_size: Number of processes.
         shuffle: False keeps the order of the examples in every pass.
+        digest: What tells these examples from others, to be compared when the stream is taken up; ``None`` compares
+            their number alone.
 
     Raises:
         UserError: If there are no examples, or the batch size does not divide among the ranks.
@@ -52,6 +54,7 @@ class BatchStream(Generic[Example, Batch]):
         rank: int = 0,
         world_size: int = 1,
         shuffle: bool = True,
+        digest: str | None = None,
     ) -> None:
         if not examples:
             raise UserError("there are no training examples; check the data source and the limits on length.")
@@ -66,6 +69,7 @@ class BatchStream(Generic[Example, Batch]):
         self.rank = rank
         self.world_size = world_size
         self.shuffle = shuffle
+        self.digest = digest
         self.consumed = 0
         """Examples handed out so far, over all ranks."""
         self._order: tuple[int, list[int]] = (-1, [])
@@ -80,11 +84,12 @@ class BatchStream(Generic[Example, Batch]):
             places = range(start + self.rank, start + self.batch_size, self.world_size)
             yield self.collate([self._example(place) for place in places])
 
-    def state_dict(self) -> dict[str, int]:
-        """Return what is needed to go on from here: plain integers, the same on every rank."""
-        return {"consumed": self.consumed, "examples": len(self.examples), "seed": self.seed}
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is needed to go on from here: plain integers and a text, the same on every rank."""
+        state = {"consumed": self.consumed, "examples": len(self.examples), "seed": self.seed}
+        return state if self.digest is None else {**state, "digest": self.digest}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where ``state`` was taken.
 
         Raises:
@@ -95,11 +100,16 @@ class BatchStream(Generic[Example, Batch]):
                 f"the checkpoint was written in training on {state['examples']} examples, the data now has "
                 f"{len(self.examples)}; resume with the same data settings, or start a new run from the model folder."
             )
+        if self.digest is not None and state.get("digest", self.digest) != self.digest:  # the first release kept none
+            raise UserError(
+                "the training rows are as many as when the checkpoint was written, but not the same (texts, order, "
+                "labels, or how they are tokenised); resume with the same data and settings, or start a new run from "
+                "the model folder."
+            )
         if state["seed"] != self.seed:
             raise UserError(
                 f"the checkpoint was written under seed {state['seed']}, this run has {self.seed}; resume with the "
-                "same "
-                "seed_everything, or start a new run from the model folder."
+                "same seed_everything, or start a new run from the model folder."
             )
         self.consumed = state["consumed"]
 

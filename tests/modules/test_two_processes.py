@@ -69,7 +69,7 @@ def ranks_equal(module: LightningModule, world_size: int) -> bool:
 
 def loaders(world_size: int, rank: int, examples: list[Any], collate: Any) -> dict[str, Any]:
     """All but the last three to train on in one batch, all to validate."""
-    place = {"rank": rank, "world_size": world_size}
+    place: dict[str, Any] = {"rank": rank, "world_size": world_size}
     train = BatchStream(examples[:-3], len(examples) - 3, collate, seed=0, shuffle=False, **place)
     return {"train_dataloaders": train, "val_dataloaders": EvalBatches(examples, 4, collate, **place)}
 
