@@ -118,13 +118,13 @@ def log_step_now(trainer: Trainer) -> None:
     """
     connector: Any = trainer._logger_connector
     connector.update_train_step_metrics()
-    known = set(connector.metrics["log"])
+    known = {name: float(value) for name, value in connector.metrics["log"].items()}
 
     def log_what_came_since() -> None:
         del connector.update_train_step_metrics  # what the class defines shows again
-        logged = connector.metrics["log"]
+        logged = connector.metrics["log"]  # of a hook behind this one, the last step's stood there before
         if connector.should_update_logs:
-            connector.log_metrics({name: logged[name] for name in logged.keys() - known})
+            connector.log_metrics({name: logged[name] for name in logged if logged[name] != known.get(name)})
 
     connector.update_train_step_metrics = log_what_came_since
 

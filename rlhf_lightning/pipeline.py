@@ -120,10 +120,12 @@ def _settle(stage: Stage, run_dir: Path, fingerprint: str, before: str | None, l
         if state.table:
             print(f"{state.table}\nreport: {folder / 'report.html'}", flush=True)
         return state
-    checkpoint = folder / "checkpoints" / "last.ckpt"
-    if state is not None and fits and stage.command == "fit" and checkpoint.exists():
-        print(f"{label}: taken up from {checkpoint}", flush=True)
-        return _execute(stage, run_dir, state, checkpoint)
+    from rlhf_lightning.checkpoint_files import kept_checkpoints  # imports torch, which a skipped stage has no need of
+
+    kept = kept_checkpoints(folder / "checkpoints")
+    if state is not None and fits and stage.command == "fit" and kept:
+        print(f"{label}: taken up from {kept[0]}", flush=True)
+        return _execute(stage, run_dir, state, "auto")
     if folder.exists() and any(folder.iterdir()):
         print(
             f"{label}: {_reason(state, fingerprint, before)}; its old folder is kept as {_move_aside(folder)}",
@@ -143,7 +145,7 @@ def _reason(state: StageState | None, fingerprint: str, before: str | None) -> s
     return "an earlier stage has run again" if state.after != before else "was interrupted before its first checkpoint"
 
 
-def _execute(stage: Stage, run_dir: Path, state: StageState, checkpoint: Path | None) -> StageState:
+def _execute(stage: Stage, run_dir: Path, state: StageState, checkpoint: str | None) -> StageState:
     folder = stage.folder(run_dir)
     state.write(folder)
     start = time.monotonic()

@@ -39,7 +39,7 @@ class Stage:
         """Return the stage's folder."""
         return run_dir / self.name
 
-    def arguments(self, run_dir: Path, ckpt_path: Path | None = None) -> list[str]:
+    def arguments(self, run_dir: Path, ckpt_path: str | None = None) -> list[str]:
         """Return the stage's command line, without the program's name."""
         place = "run_dir" if self.command in TRAINER_STAGES else "output"
         argv = [self.command, f"--config={self.config}", f"--{place}={self.folder(run_dir)}"]

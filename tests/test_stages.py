@@ -29,14 +29,14 @@ def test_stages_are_read_with_configs_beside_the_file(tmp_path: Path) -> None:
 
 def test_command_line_of_a_stage(tmp_path: Path) -> None:
     stage = Stage("ppo", "fit", Path("ppo.yaml"), {"model.policy": "{run_dir}/sft/model", "a": [1, None], "b": True})
-    assert stage.arguments(Path("out"), Path("last.ckpt")) == [
+    assert stage.arguments(Path("out"), "auto") == [
         "fit",
         "--config=ppo.yaml",
         "--run_dir=out/ppo",
         "--model.policy=out/sft/model",
         "--a=[1, null]",
         "--b=true",
-        "--ckpt_path=last.ckpt",
+        "--ckpt_path=auto",
     ]
     assert Stage("c", "compare", Path("c.yaml")).arguments(Path("out"))[2] == "--output=out/c"
 

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from rlhf_lightning.__main__ import main
 from rlhf_lightning.checkpoint_files import read_head
 from rlhf_lightning.checkpointing import RunCheckpoint
+from rlhf_lightning.data.base import content_digest
 from rlhf_lightning.loggers import read_metrics
 from rlhf_lightning.taking_up import refuse_to_take_up
 
@@ -204,6 +205,57 @@ def test_going_on_by_epochs_where_steps_have_cut_one_is_refused(capsys: pytest.C
     refuse_to_take_up(str(last), read_head(last), "SFTModule", -1)  # which ends where an epoch does
 
 
+@pytest.mark.parametrize("change", ["a word", "the order", "the template"])
+def test_data_that_changed_within_is_refused(change: str, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [{"prompt": f"Is {n} a number?", "response": "It is."} for n in range(12)]
+
+    def fit_on(rows: list[dict[str, str]], *more: str) -> int:
+        Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        own = ["--data.source=rows.jsonl", "--data.limit=null", "--trainer.max_steps=3", *more]
+        return fit("run", *own)
+
+    assert fit_on(texts) == 0
+    longer = ["--trainer.max_steps=4", "--ckpt_path=auto"]
+    changed = {"a word": [*texts[:-1], {**texts[-1], "response": "It was."}], "the order": texts[::-1]}
+    more = ["--data.chat=false"] if change == "the template" else []
+    assert fit_on(changed.get(change, texts), *longer, *more) == 2
+    assert (
+        "the training rows are as many as when the checkpoint was written, but not the same" in capsys.readouterr().err
+    )
+    assert fit_on(texts, *longer) == 0
+
+
+def test_damage_is_told_of_and_the_checkpoint_before_is_taken_up(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saving = ["--trainer.callbacks=RunCheckpoint", "--trainer.callbacks.every_n_steps=2", "--trainer.max_epochs=2"]
+    assert fit("whole", *saving) == 0
+    assert fit("cut", *saving) == 0
+    last = Path("cut/checkpoints/last.ckpt")
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    for command in ("validate", "test", "predict", "fit"):
+        assert main([command, *SFT, "--run_dir=other", f"--ckpt_path={last}"]) == 2
+        err = capsys.readouterr().err
+        assert "error: checkpoint 'cut/checkpoints/last.ckpt' is damaged: " in err
+        assert "an earlier one of this run is 'cut/checkpoints/step-8.ckpt'." in err
+    assert main(["export", f"--ckpt={last}", "--output=model"]) == 2
+    assert "is damaged" in capsys.readouterr().err
+    assert fit("cut", *saving, "--ckpt_path=auto") == 0
+    assert "checkpoint 'cut/checkpoints/last.ckpt' is damaged: " in capsys.readouterr().err
+    check_equal("cut", "whole", "train/loss")
+    assert sorted(path.name for path in last.parent.iterdir()) == ["last.ckpt", "step-8.ckpt"]
+    for path in last.parent.iterdir():
+        path.write_bytes(b"")
+    assert fit("cut", *saving, "--ckpt_path=auto") == 2  # never a silent fresh start
+    assert "every checkpoint in 'cut/checkpoints' is damaged" in capsys.readouterr().err
+    last.unlink()
+    last.with_name("step-8.ckpt").unlink()
+    assert fit("cut", "--ckpt_path=best") == 2
+    assert "best.ckpt does not exist" in capsys.readouterr().err
+
+
 def test_a_second_fit_of_the_same_objects_begins_anew(tmp_path: Path) -> None:
     from rlhf_lightning.data.text import DemonstrationDataModule
 
@@ -212,7 +264,8 @@ def test_a_second_fit_of_the_same_objects_begins_anew(tmp_path: Path) -> None:
     first = data.train_dataloader()
     batches = [batch.input_ids for batch in first]
     state = data.state_dict()
-    assert state == {"stream": {"consumed": 20, "examples": 20, "seed": first.seed}}
+    digest = content_digest(data.train_examples)
+    assert state == {"stream": {"consumed": 20, "examples": 20, "seed": first.seed, "digest": digest}}
     again = [batch.input_ids for batch in data.train_dataloader()]
     assert all(torch.equal(one, two) for one, two in zip(batches, again, strict=True))
     data.load_state_dict(state)

@@ -231,11 +231,13 @@ def damage(folder: Path, changes: dict[str, str | Callable[[bytes], bytes] | Non
 
 
 def write_checkpoints() -> None:
-    """Write those of a run, of which one is cut off, and two from elsewhere."""
+    """Write those of a run, of which one is cut off and one has a flipped bit, and two from elsewhere."""
     assert main([*shlex.split(COMMANDS["sft"]), "--run_dir=earlier"]) == 0
     good = Path("earlier/checkpoints/last.ckpt").read_bytes()
     Path("sft.ckpt").write_bytes(good)
     Path("cut.ckpt").write_bytes(first_half(good))
+    middle = len(good) // 2
+    Path("flipped.ckpt").write_bytes(good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :])
     torch.save({"state_dict": {}}, "foreign.ckpt")
     torch.save({"state_dict": {}, "object": Path("x")}, "objects.ckpt")
 
