@@ -53,8 +53,14 @@ def last_checkpoint(folder: str) -> dict[str, Any]:
     return dict(torch.load(Path(folder, "checkpoints/last.ckpt"), weights_only=True))
 
 
+def two_steps_are_done(*, saved: bool) -> bool:
+    if not saved:
+        return len(losses("run")) >= 2
+    return Path("run/checkpoints/last.ckpt").exists() and last_checkpoint("run")["global_step"] == 2
+
+
 def press_ctrl_c(*more: str, seconds: float, times: int = 1, group: bool = True) -> tuple[int, str]:
-    """Start a fit of slow steps, press Ctrl-C once it has logged two; return its status and what it said."""
+    """Start a fit of slow steps, press Ctrl-C once two are logged, or saved; return its status and what it said."""
     slow = ["--trainer.callbacks=test_interruption.Slow", f"--trainer.callbacks.seconds={seconds}"]
     process = subprocess.Popen(
         [sys.executable, "-m", "rlhf_lightning", "fit", *SFT, "--run_dir=run", *slow, *more],
@@ -67,7 +73,7 @@ def press_ctrl_c(*more: str, seconds: float, times: int = 1, group: bool = True)
     )
     assert process.stderr is not None
     until, said = time.monotonic() + 120, ""
-    while process.poll() is None and len(losses("run")) < 2 and time.monotonic() < until:
+    while process.poll() is None and not two_steps_are_done(saved=times == 2) and time.monotonic() < until:
         time.sleep(0.02)
     for _ in range(times):
         (os.killpg if group else os.kill)(process.pid, signal.SIGINT)
