@@ -239,14 +239,14 @@ def untimed(path: Path) -> list[str]:
     return [json.dumps(row) for row in kept if row.keys() - {"step", "epoch"}]
 
 
-def curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """Return the points of TensorBoard's curves."""
+def curves(run_dir: Path) -> dict[str, list[tuple[int, str]]]:
+    """Return the points of TensorBoard's curves, their values as text: NaN is then equal to itself."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
     names = sorted(name for name in events.Tags()["scalars"] if lasting(name))
-    return {name: [(point.step, point.value) for point in events.Scalars(name)] for name in names}
+    return {name: [(point.step, str(point.value)) for point in events.Scalars(name)] for name in names}
 
 
 def lasting(name: str) -> bool:
