@@ -46,8 +46,8 @@ class CtrlCAt(Callback):
 
 class StoppedAt(RunCheckpoint):
     """Saves each step, and is stopped at one: killed before it ("kill") or in the validation after the one before
-    ("kill_validation"), asked to stop within it ("SIGINT", "SIGTERM"), or, saving nothing else, while the one before is
-    logged ("log").
+    ("kill_validation"), or right behind its save ("kill_saved"), asked to stop within it ("SIGINT", "SIGTERM"), or,
+    saving nothing else, while the one before is logged ("log").
     """
 
     def __init__(self, batch: int, how: str) -> None:
@@ -62,6 +62,8 @@ class StoppedAt(RunCheckpoint):
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         super().on_train_batch_end(trainer, *args)
+        if trainer.global_step == self.batch and self.how == "kill_saved":
+            raise RuntimeError("killed")
         if trainer.global_step == self.batch and self.how == "log":  # the hook of RunCheckpoint is over
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -154,6 +156,13 @@ def test_a_run_may_be_stopped_time_and_again(stops: list[tuple[int, str]]) -> No
 def test_steps_keep_their_numbers_after_a_stop_at_a_validation(how: str) -> None:
     cut, whole = fit_in_parts("--trainer.max_epochs=2", "--trainer.val_check_interval=2", stops=[(1, how), (8, how)])
     assert cut == whole
+
+
+def test_a_kill_right_behind_a_save_leaves_no_gap_and_no_step_twice() -> None:
+    fit_in_parts("--trainer.max_epochs=2", stops=[(3, "kill_saved"), (7, "kill_saved")])
+    lines = [json.loads(line) for line in Path("cut/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in lines if "train/loss" in row] == list(range(10))
+    assert rows("cut", "train/loss") == rows("whole", "train/loss")
 
 
 # Behind the last step of an epoch, with a validation due there and without.
