@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
@@ -25,7 +26,13 @@ from rlhf_lightning.models.loading import load_config, load_tokenizer
 from rlhf_lightning.models.lora import adapter_settings, describe_adapters
 from rlhf_lightning.models.packed import checkpoint_trained_models
 from rlhf_lightning.modules.data_checks import check_batch, check_data
-from rlhf_lightning.modules.nonfinite import NonFiniteSteps, gradient_norm, refuse_nonfinite, trained_weights
+from rlhf_lightning.modules.nonfinite import (
+    NonFiniteSteps,
+    SkippedStepsLog,
+    gradient_norm,
+    refuse_nonfinite,
+    trained_weights,
+)
 from rlhf_lightning.modules.restarts import count_begun_epoch
 
 if TYPE_CHECKING:
@@ -135,9 +142,9 @@ class ModelModule(LightningModule):
         """Take note of the loss."""
         self.nonfinite.watch(loss)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log how many steps have been skipped."""
-        self.log("train/nonfinite_steps", float(self.nonfinite.count), on_step=True, on_epoch=False)
+    def configure_callbacks(self) -> list[Callback]:
+        """Have the number of skipped steps logged."""
+        return [SkippedStepsLog()]
 
     def on_train_end(self) -> None:
         """Refuse to end well a run in which no step was taken, or whose last one ended in weights that are not finite.

@@ -3,9 +3,10 @@
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from rlhf_lightning.distributed import first_text, global_sum
@@ -130,6 +131,18 @@ class NonFiniteSteps:
             raise UserError(f"{what}; {self.count} skipped, max_nonfinite is {self.allowed}. Stopped: {_ADVICE}.")
         if module.global_rank == 0:
             log.warning("%s; skipped, %d so far (max_nonfinite is %d)", what, self.count, self.allowed)
+
+
+class SkippedStepsLog(Callback):
+    """Logs how many steps have been skipped, once the step is done and before a checkpoint is written.
+
+    The module's own hook would be too late for that: checkpoints are written by the last callback, before it.
+    """
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: "LightningModule", *args: Any) -> None:
+        """Log the number so far."""
+        steps: Any = pl_module.nonfinite
+        pl_module.log("train/nonfinite_steps", float(steps.count), on_step=True, on_epoch=False)
 
 
 def place_of(module: "LightningModule") -> str:
