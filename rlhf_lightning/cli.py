@@ -30,8 +30,8 @@ from rlhf_lightning.run_folder import (
     set_aside_logs,
 )
 from rlhf_lightning.taking_up import (
+    default_checkpoint,
     next_logged_step,
-    refuse_second_run,
     refuse_to_take_up,
     resolve_checkpoint,
     run_of_checkpoint,
@@ -127,14 +127,13 @@ class TrainerCLI(LightningCLI):
             return
         if self.settings.run_dir is None:
             self.settings.run_dir = self.settings.trainer.default_root_dir
-        checkpoint = resolve_checkpoint(self.settings.ckpt_path, self.settings.run_dir)
-        self.settings.ckpt_path = checkpoint
-        if self.subcommand == "fit" and not self.settings.trainer.fast_dev_run:
-            refuse_second_run(self.settings.run_dir, checkpoint)
-            if checkpoint is not None:
-                head = read_head(Path(checkpoint))
-                refuse_to_take_up(checkpoint, head, self.settings.model.class_path, self.settings.trainer.max_steps)
-                self._next_step = next_logged_step(head)
+        run_dir, fits = self.settings.run_dir, self.subcommand == "fit" and not self.settings.trainer.fast_dev_run
+        named = self.settings.ckpt_path or (default_checkpoint(run_dir) if fits else None)
+        checkpoint = self.settings.ckpt_path = resolve_checkpoint(named, run_dir)
+        if fits and checkpoint is not None:
+            head = read_head(Path(checkpoint))
+            refuse_to_take_up(checkpoint, head, self.settings.model.class_path, self.settings.trainer.max_steps)
+            self._next_step = next_logged_step(head)
 
     def instantiate_classes(self) -> None:
         """Build module, data and Trainer; what a constructor refuses is the user's to put right."""

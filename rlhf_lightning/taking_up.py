@@ -84,16 +84,18 @@ def _checked(path: Path) -> str:
     return str(path)
 
 
-def refuse_second_run(run_dir: str | Path | None, ckpt_path: str | None) -> None:
-    """Keep a fresh ``fit`` from writing over the checkpoints of an earlier one.
+def default_checkpoint(run_dir: str | Path | None) -> str | None:
+    """Return what a ``fit`` starts from that names no checkpoint: ``auto`` in the folder of an earlier run.
 
-    Raises:
-        UserError: If the folder holds a checkpoint and this run does not start from any checkpoint.
+    The same command given again goes on where it was cut, and never writes over what is there.
+
+    Args:
+        run_dir: The run folder as far as it is known.
     """
-    if run_dir is not None and ckpt_path is None and kept_checkpoints(Path(run_dir, CHECKPOINTS)):
-        raise UserError(
-            f"{run_dir} already holds a run. Take it up with --ckpt_path auto, or name another folder by --run_dir DIR."
-        )
+    if run_dir is None or not kept_checkpoints(Path(run_dir, CHECKPOINTS)):
+        return None
+    logger.info("%s holds a run, which is taken up; for a new one name another folder by --run_dir", run_dir)
+    return "auto"
 
 
 def refuse_to_take_up(checkpoint: str, head: dict[str, Any], class_path: str, max_steps: int) -> None:

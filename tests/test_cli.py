@@ -17,6 +17,7 @@ from rlhf_lightning.__main__ import main
 from rlhf_lightning.checkpoint_files import CHECKPOINT_KEY
 from rlhf_lightning.cli import check_command, needs_processes
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.loggers import read_metrics
 from rlhf_lightning.modules.base import ModelModule
 
 
@@ -152,12 +153,16 @@ def test_runs_without_a_name_are_numbered() -> None:
     assert sorted(path.name for path in Path("runs").iterdir()) == ["weight-1", "weight-2", "weight-validate-1"]
 
 
-def test_second_run_in_a_folder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert fit("--run_dir=run") == 0
-    written = Path("run/checkpoints/last.ckpt").read_bytes()
-    assert fit("--run_dir=run") == 2
-    assert error_line(capsys).startswith("run already holds a run. Take it up with --ckpt_path auto")
-    assert Path("run/checkpoints/last.ckpt").read_bytes() == written
+def test_the_same_command_again_goes_on_where_it_ended(caplog: pytest.LogCaptureFixture) -> None:
+    assert fit("--run_dir=run", "--trainer.max_steps=2") == 0
+    first = read_metrics(Path("run", "metrics.jsonl"))
+    with caplog.at_level("INFO", logger="rlhf_lightning"):
+        assert fit("--run_dir=run", "--trainer.max_steps=2") == 0  # and there is nothing left to do
+    assert "run holds a run, which is taken up" in caplog.text
+    assert read_metrics(Path("run", "metrics.jsonl")) == first
+    assert fit("--run_dir=run", "--trainer.max_steps=3") == 0
+    rows = read_metrics(Path("run", "metrics.jsonl"))
+    assert (rows[: len(first)], len(rows) > len(first)) == (first, True)
 
 
 def test_resumed_run_continues_in_its_folder_and_keeps_the_earlier_config() -> None:

@@ -9,7 +9,7 @@ from rlhf_lightning.checkpoint_files import CHECKPOINT_KEY
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.taking_up import (
     LAST_CHECKPOINT,
-    refuse_second_run,
+    default_checkpoint,
     refuse_to_take_up,
     resolve_checkpoint,
 )
@@ -59,12 +59,11 @@ def test_folder_is_a_checkpoint_only_if_it_is_one_in_parts(tmp_path: Path) -> No
     assert resolve_checkpoint(str(tmp_path), None) == str(tmp_path)
 
 
-def test_folder_with_a_run_takes_no_second(tmp_path: Path) -> None:
-    refuse_second_run(tmp_path, None)
-    last = checkpoint_file(tmp_path)
-    refuse_second_run(tmp_path, str(last))
-    with pytest.raises(UserError, match="already holds a run"):
-        refuse_second_run(tmp_path, None)
+def test_a_folder_with_a_run_is_taken_up(tmp_path: Path) -> None:
+    assert default_checkpoint(None) is None
+    assert default_checkpoint(tmp_path) is None
+    checkpoint_file(tmp_path)
+    assert default_checkpoint(tmp_path) == "auto"
 
 
 def test_a_checkpoint_of_another_module_is_refused_by_name() -> None:

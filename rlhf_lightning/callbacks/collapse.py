@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 
 from rlhf_lightning.checkpoint_files import BEST
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.taking_up import CHECKPOINTS
 
 logger = logging.getLogger("rlhf_lightning")
 
@@ -248,5 +247,5 @@ def _metric(trainer: pl.Trainer, name: str) -> float | None:
 
 
 def _best_checkpoint(trainer: pl.Trainer) -> str:
-    path = Path(trainer.default_root_dir, CHECKPOINTS, BEST)
+    path = Path(trainer.default_root_dir, "checkpoints", BEST)
     return f" The best checkpoint is {path}." if path.exists() else ""
