@@ -46,7 +46,7 @@ def test_validation_does_not_disturb_training(
 def test_validation_gives_the_same_numbers_twice(ppo: MakePPO, prompts: MakePrompts, trainer: MakeTrainer) -> None:
     module, other, data = ppo(), ppo(), prompts(8, val=5, val_batch_size=2)
     first = trainer().validate(module, datamodule=data, verbose=False)
-    assert set(first[0]) == {"val/score", "val/kl", "val/response_length", "val/finished_fraction"}
+    assert set(first[0]) == {"val/score", "val/kl", "val/response_length", "val/finished_fraction", "val/repetition"}
     assert first[0]["val/kl"] == 0
     for again in (module, other):
         assert trainer().validate(again, datamodule=data, verbose=False) == first
