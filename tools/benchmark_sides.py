@@ -46,9 +46,10 @@ def stop_as_planned(eos: int) -> None:
     class Planned(decode_loop.DecodeLoop):
         def _draw(self, logits: Any, rows: Any, drawn: Any, done: Any) -> tuple[Any, Any]:
             tokens, over = super()._draw(logits, rows, drawn, done)
-            if _PLAN.lengths is None:
+            lengths = getattr(_PLAN, "lengths", None)
+            if lengths is None:
                 return tokens, over
-            ends = (drawn + 1 == _PLAN.lengths[rows]) & ~done
+            ends = (drawn + 1 == lengths[rows]) & ~done
             self.tokens[rows[ends], drawn[ends]] = eos
             self.finished[rows[ends]] = True
             return tokens.masked_fill(ends, eos), over | ends

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from rlhf_lightning.models.loading import resolve_model
+from rlhf_lightning.rollout import decoding
 
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(decoding, "DecodeLoop", decoding.DecodeLoop)  # which a side replaces by its own
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
     return importlib.import_module("benchmark")
 
