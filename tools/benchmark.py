@@ -77,9 +77,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder)
         parameters = write_models(options, models)
+        # First, while this process holds no side: all of them and one more may be too much.
+        peaks = {} if options.no_memory else {side: measure_memory(side, models) for side in options.sides}
         seconds, lengths = run_turns(options, models)
         floors = seconds.pop("floor", [])
-        peaks = {} if options.no_memory else {side: measure_memory(side, models) for side in options.sides}
     report(options, parameters, seconds, lengths, peaks, floors)
 
 
