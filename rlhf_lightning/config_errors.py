@@ -35,6 +35,10 @@ _NOT_IMPORTED = re.compile(
 )
 _WRONG_VALUE = re.compile(r"Expected (?:an?|to be one of) (?P<want>.+?)\. Got value: (?P<given>.*)", re.DOTALL)
 _NO_CLASS = re.compile(r"Not a valid subclass of \w+\. Got value: (?P<given>.*)")
+_NOT_CALLABLE = re.compile(
+    r"expects a function or a callable class.*?(?:Got|Given) value: (?:Namespace\(class_path=)?'?(?P<given>[^',)\n]+)",
+    re.DOTALL,
+)
 _CLASS_KEYS = ("class_path", "init_args")
 _REQUIRED = re.compile(r"the following arguments are required: (?P<keys>.+)")
 _NO_FILE = re.compile(r"File does not exist: '?(?P<path>[^'\n]+)'?")
@@ -267,6 +271,15 @@ def _not_a_class(report: _Report) -> str | None:
     return f"{report.key()} must name a class by class_path, with its arguments under init_args. Known: {classes}."
 
 
+def _not_callable(report: _Report) -> str | None:
+    """Say what is lacking where a class was expected that is called later, as an optimizer is."""
+    match = _NOT_CALLABLE.search(report.local)
+    if not match:
+        return None
+    classes = _listing(known_classes(report.typehint()))
+    return f"{report.key()}: {_clipped(match['given'])} is not one of its classes. Known: {classes}."
+
+
 def _is_class_of_ours(name: str) -> bool:
     ours = [module for key, module in list(sys.modules.items()) if key.startswith("rlhf_lightning.")]
     return any(isinstance(getattr(module, name, None), type) for module in ours)
@@ -304,6 +317,7 @@ _RULES = (
     _unknown_key,
     _unknown_class,
     _not_a_class,
+    _not_callable,
     _missing_key,
     _wrong_value,
     _not_a_mapping,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from rlhf_lightning.data.rendering import UnboundedTemplateError, bounded, render_chat
 from rlhf_lightning.data.shapes import Message, Prompt, as_messages
 from rlhf_lightning.errors import UserError, did_you_mean
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from rlhf_lightning.data.token_cache import TokenCache
 
+_RENDERED_TOGETHER = 20  # enough that bounding them costs little, few enough that their texts stay within the bounds
 _CHARACTERS_A_CALL = 250_000  # the tokenizer's own account of a token takes a hundred times the id
 
 
@@ -138,7 +140,7 @@ class ConversationEncoder:
         Yields:
             The ids of each conversation; in the place of one that :meth:`encode` refuses, the error.
         """
-        rendered = [self._rendered_or_refused(conversation) for conversation in conversations]
+        rendered = self._all_rendered(conversations)
         good = [texts for texts in rendered if isinstance(texts, _Rendered)]
         known = _KnownIds(self._ids, partial(cache.ids, tokenise=self._ids_of_all) if cache else self._ids_of_all)
         known.add(text for texts in good for text in (texts.prompt, *texts.wholes))
@@ -153,9 +155,18 @@ class ConversationEncoder:
         prompt_text = self._prompt_text(prompt)
         return _Rendered(prompt_text, [self._whole_text(prompt, prompt_text, response) for response in responses])
 
+    def _all_rendered(self, conversations: Sequence[Conversation]) -> list[_Rendered | UserError]:
+        rendered: list[_Rendered | UserError] = []
+        for start in range(0, len(conversations), _RENDERED_TOGETHER):
+            with bounded(self.tokenizer.name_or_path):
+                rendered += map(self._rendered_or_refused, conversations[start : start + _RENDERED_TOGETHER])
+        return rendered
+
     def _rendered_or_refused(self, conversation: Conversation) -> _Rendered | UserError:
         try:
             return self._rendered(conversation)
+        except UnboundedTemplateError:
+            raise
         except UserError as error:
             return error
 
@@ -171,7 +182,7 @@ class ConversationEncoder:
 
     def _prompt_text(self, prompt: Prompt) -> str:
         if self.chat:
-            return self._render(as_messages(prompt), add_generation_prompt=True)
+            return render_chat(self.tokenizer, as_messages(prompt), add_generation_prompt=True)
         if not isinstance(prompt, str):
             raise UserError("the prompt is a list of chat messages, but chat is false; set chat: true, or give text.")
         return prompt
@@ -179,8 +190,8 @@ class ConversationEncoder:
     def _whole_text(self, prompt: Prompt, prompt_text: str, response: str) -> str:
         if not self.chat:
             return prompt_text + response
-        answer = {"role": "assistant", "content": response}
-        whole = self._render([*as_messages(prompt), answer], add_generation_prompt=False)
+        answer: Message = {"role": "assistant", "content": response}
+        whole = render_chat(self.tokenizer, [*as_messages(prompt), answer], add_generation_prompt=False)
         if not whole.startswith(prompt_text):
             raise UserError(
                 "the chat template does not put a reply after its generation prompt (a conversation with the reply "
@@ -188,24 +199,6 @@ class ConversationEncoder:
                 "does."
             )
         return whole
-
-    def _render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
-        import jinja2
-
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=add_generation_prompt, tokenize=False
-            )
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(
-                f"the chat template of {self.tokenizer.name_or_path!r} does not parse (line {error.lineno}: "
-                f"{error.message})."
-            ) from error
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            roles = ", ".join(message["role"] for message in messages)
-            reason = " ".join(str(error).split())[:150]
-            raise UserError(f"the chat template refuses a conversation of {roles}: {reason}.") from error
-        return text
 
     def _ids(self, text: str, *, special: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])

@@ -3,6 +3,7 @@
 import pickle
 import tempfile
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,10 +77,15 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path) -> Path:
     packed = state[CHECKPOINT_KEY]
     output.mkdir(parents=True, exist_ok=True)
     for name, content in packed["files"].items():
-        (output / Path(name).name).write_bytes(_unpacked_file(content))
-    model = _rebuild(output, packed, state["state_dict"])
-    with quiet_transformers():
-        model.save_pretrained(output)
+        (output / name).write_bytes(_unpacked_file(content))
+    try:
+        with quiet_transformers():
+            _rebuild(output, packed, state["state_dict"]).save_pretrained(output)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError) as error:
+        for name in packed["files"]:
+            (output / name).unlink(missing_ok=True)
+        reason = shorten(str(error), 150, placeholder=" ...")
+        raise UserError(f"the model in checkpoint {str(checkpoint)!r} cannot be built: {reason}") from error
     return output
 
 
@@ -99,16 +105,32 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or CHECKPOINT_KEY not in state:
         raise UserError(f"checkpoint {str(path)!r} was not written by rlhf_lightning; it names no model to export.")
     refuse_newer_format(state, path)
+    if not _describes_a_model(state[CHECKPOINT_KEY]) or not isinstance(state.get("state_dict"), dict):
+        raise UserError(f"checkpoint {str(path)!r} describes its model in a way that rlhf_lightning does not write.")
     return state
+
+
+def _describes_a_model(packed: Any) -> bool:
+    """Tell whether all is there that a model is built from; files have names, and no folders that lead elsewhere."""
+    kinds = {"format": int, "prefix": str, "class": str, "files": dict}
+    if not isinstance(packed, dict) or not all(isinstance(packed.get(key), kind) for key, kind in kinds.items()):
+        return False
+    return all(
+        isinstance(name, str)
+        and name.strip(".")
+        and name == Path(name).name
+        and isinstance(content, str | torch.Tensor)
+        for name, content in packed["files"].items()
+    )
 
 
 def _rebuild(folder: Path, packed: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     is_scalar = packed["class"].endswith("ForSequenceClassification")
     factory = AutoModelForSequenceClassification if is_scalar else AutoModelForCausalLM
-    model = factory.from_config(config, dtype=torch.float32)
+    model = factory.from_config(config, dtype=torch.float32, trust_remote_code=False)
     prefix = packed["prefix"]
     adapters = packed.get("adapters", {})
     add_adapters(model, lora_of_settings({k[len(prefix) :]: v for k, v in adapters.items() if k.startswith(prefix)}))

@@ -65,7 +65,7 @@ def load_config(name: str, overrides: dict[str, Any] | None = None) -> "Pretrain
     from transformers import AutoConfig
 
     with _reading(name, "config"), quiet_transformers():
-        config = AutoConfig.from_pretrained(resolve_model(name))
+        config = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False)
     for key, value in (overrides or {}).items():
         _override(config, key, value, name)
     if overrides:
@@ -90,7 +90,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
             "tokenizer files of the model it came from into it."
         )
     with _reading(name, "tokenizer"), quiet_transformers():
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def load_causal_lm(
@@ -125,7 +125,7 @@ def load_causal_lm(
         model = _load_weights(AutoModelForCausalLM, name, config, dtype, may_miss=())
     else:
         with _reading(name, "model"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     return disable_dropout(model).train()
 
 
@@ -256,6 +256,7 @@ def _load_weights(
             dtype=dtype,
             output_loading_info=True,
             use_safetensors=True,
+            trust_remote_code=False,
             ignore_mismatched_sizes=True,  # it goes on and tells of them, which are refused below
         )
     missing = sorted(set(info["missing_keys"]) - set(may_miss))
@@ -326,6 +327,11 @@ def _reading(name: str, what: str) -> Iterator[None]:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"the {what} of {name!r} asks for code of its own to be run (auto_map), which is never done here; give "
+                "a model of an architecture that transformers knows."
+            ) from error
         if Path(name).is_dir() or name in BUILTIN_MODELS:
             raise UserError(f"the {what} of {name!r} could not be loaded: {_reason(error)}") from error
         raise UserError(

@@ -70,7 +70,7 @@ def trace(
     layers = int(getattr(config, "num_hidden_layers", 0))
     fake: Any = FakeTensorMode()
     with fake, torch.device("cpu"):
-        model: Any = factory.from_config(config, dtype=torch.float32).train()
+        model: Any = factory.from_config(config, dtype=torch.float32, trust_remote_code=False).train()
     if lora is not None:
         _add_empty_adapters(model, lora, fake)
     with fake, torch.device("cpu"):
