@@ -13,7 +13,7 @@ import torch
 from rlhf_lightning.earlier import set_aside
 from rlhf_lightning.errors import UserError, did_you_mean
 from rlhf_lightning.evaluation.curves import Plot, read_curves, training_seconds
-from rlhf_lightning.evaluation.formatting import text_table
+from rlhf_lightning.evaluation.formatting import text_table, without_home
 from rlhf_lightning.evaluation.generations import Bench, Generations
 from rlhf_lightning.evaluation.judges import Judges
 from rlhf_lightning.evaluation.prompts import PromptSet, encode_prompts, read_prompts
@@ -69,6 +69,8 @@ def compare(
     is null. ``samples.jsonl`` has a line for each prompt and model: ``row``, ``model``, ``prompt``, ``response``,
     ``score``, ``kl``, ``length``, ``finished`` and each text metric.
 
+    Reports are handed on: a path in the user's home folder is written with ``~``.
+
     Args:
         models: Hugging Face folder or hub name of each model, by the name that the report calls it. They must share one
             tokenizer and chat template.
@@ -111,7 +113,7 @@ def compare(
     of_base = next(answer for answer in answers if answer.name == base_name)
     comparison = Comparison(
         base=base_name,
-        prompts=prompt_set,
+        prompts=prompt_set._replace(source=without_home(prompt_set.source)),
         answers=answers,
         models=[summarize(answer, of_base, seed=seed) for answer in answers],
         sampling=sampling,
@@ -130,7 +132,7 @@ def _answer_all(bench: Bench, models: Mapping[str, str], base_name: str) -> list
     for name, path in models.items():
         model = base if name == base_name else _load(path, bench.device)
         logger.info("%s answers %d prompts", name, len(bench.prompt_ids))
-        answers[name] = bench.answer(name, path, model, base)
+        answers[name] = bench.answer(name, without_home(path), model, base)
     return list(answers.values())
 
 
@@ -147,7 +149,7 @@ def _write(
     from rlhf_lightning.loggers import to_json
 
     output.mkdir(parents=True, exist_ok=True)
-    content = to_json({**comparison.as_dict(), "curves": dict(curves)})
+    content = to_json({**comparison.as_dict(), "curves": {name: without_home(path) for name, path in curves.items()}})
     samples = [json.dumps(to_json(row), ensure_ascii=False, allow_nan=False) + "\n" for row in comparison.samples()]
     written = {
         "report": ("report.html", render(comparison, plots)),

@@ -1,7 +1,9 @@
 """Numbers as a reader wants them: three figures, shares in percent, intervals in brackets; and the table as text."""
 
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from rlhf_lightning.evaluation.statistics import Interval
@@ -23,6 +25,17 @@ class TableRow(NamedTuple):
     note: str
     kind: Kind
     cells: list[Interval | float | None]
+
+
+def without_home(path: str) -> str:
+    """Write a path so that it does not tell whose home folder it lies in.
+
+    Example:
+        >>> without_home(str(Path.home() / "models" / "ppo")), without_home("runs/ppo/model")
+        ('~/models/ppo', 'runs/ppo/model')
+    """
+    home = str(Path.home())
+    return "~" + path.removeprefix(home) if path == home or path.startswith(f"{home}{os.sep}") else path
 
 
 def text_table(rows: Sequence[TableRow], names: Sequence[str]) -> str:

@@ -66,11 +66,23 @@ def load_config(name: str, overrides: dict[str, Any] | None = None) -> "Pretrain
 
     with _reading(name, "config"), quiet_transformers():
         config = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False)
+    _refuse_downloaded_code(config, name)
     for key, value in (overrides or {}).items():
         _override(config, key, value, name)
     if overrides:
         _fit_heads(config, overrides)
     return config
+
+
+def _refuse_downloaded_code(config: "PretrainedConfig", name: str) -> None:
+    """Refuse a config that names its attention by a repository, whose code transformers would fetch and run."""
+    for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+        attention = getattr(part, "_attn_implementation", None)
+        if isinstance(attention, str) and "/" in attention:
+            raise UserError(
+                f"the config of {name!r} asks for the code of {attention!r} to be run (attn_implementation), which is "
+                "never done here; remove that entry."
+            )
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
@@ -326,7 +338,7 @@ def _reading(name: str, what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"the {what} of {name!r} asks for code of its own to be run (auto_map), which is never done here; give "

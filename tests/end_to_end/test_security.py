@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.__main__ import main
+from rlhf_lightning.callbacks.samples import markdown_table
 
 MARKER = "code-was-run"
 TRAINER = "--trainer.accelerator=cpu --trainer.max_steps=1 --trainer.enable_progress_bar=false"
@@ -171,8 +173,20 @@ def test_code_beside_a_known_architecture_is_left_alone(command: str, place: Pat
     autos = ("AutoConfig", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
     change(Path("evil/config.json"), auto_map=dict.fromkeys(autos, "code.Thing"))
     change(Path("evil/tokenizer_config.json"), auto_map={"AutoTokenizer": [None, "code.Thing"]})
+    Path("evil/custom_generate").mkdir()
+    shutil.copy("evil/code.py", "evil/custom_generate/generate.py")
     assert main(shlex.split(READS_MODEL[command])) == 0
     assert not Path(MARKER).exists()
+
+
+@pytest.mark.parametrize("command", READS_MODEL)
+def test_a_model_folder_cannot_name_a_repository_whose_code_is_fetched(
+    command: str, place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree("policy", "evil")
+    change(Path("evil/config.json"), attn_implementation="evil/kernel")
+    line = error_line(READS_MODEL[command], capfd)
+    assert "asks for the code of 'evil/kernel' to be run (attn_implementation), which is never done" in line
 
 
 #: Names under which a program would be reached, where a config names a class.
@@ -274,3 +288,90 @@ def test_files_of_the_caches_are_not_unpickled(cache: str, place: Path, capfd: p
 
 def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+#: What a model, a data set or a name may say to whoever reads the report or TensorBoard.
+MARKUP = (
+    "<script>alert(1)</script> <img src=x onerror=alert(2)> [link](javascript:alert(3)) ![i](http://x/y.png) "
+    "<a href='javascript:alert(4)'>x</a> </td></table><iframe src=//x> `a` | b\n# head\n<http://auto.link> &lt;b&gt; "
+    "[r][1]\n\n[1]: javascript:alert(5)"
+)
+
+
+class Markup(HTMLParser):
+    """Collects the tags of a page, and the attributes that could load or run something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.active: list[tuple[str, str | None]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.active += [(key, value) for key, value in attrs if key in ("src", "href", "srcdoc") or key[:2] == "on"]
+
+
+def read_markup(page: str) -> Markup:
+    parsed = Markup()
+    parsed.feed(page)
+    return parsed
+
+
+def test_what_tensorboard_makes_of_samples_is_a_table_and_text(place: Path) -> None:
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    messages = [{"role": MARKUP, "content": MARKUP}]
+    table = markdown_table([{"prompt": messages, "response": MARKUP, "score": 0.5}, {"prompt": MARKUP, "kl": MARKUP}])
+    parsed = read_markup(markdown_to_safe_html(table))
+    assert parsed.tags == {"table", "thead", "tbody", "tr", "th", "td", "br"}
+    assert parsed.active == []
+
+
+def test_a_report_shows_markup_of_data_and_names_as_text(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Path("pairs.jsonl").write_text(json.dumps({"prompt": MARKUP}) + "\n")
+    name = "<b onclick=x>&\"'</title><script>"
+    config = {"models": {name: "policy", "b": "policy"}, "prompts": "pairs.jsonl", "output": "report", "device": "cpu"}
+    settings = {"sampling": {"max_new_tokens": 4}, "max_prompt_length": 24}
+    Path("compare.json").write_text(json.dumps(config | settings))
+    assert main(["compare", "--config=compare.json"]) == 0
+    page = Path("report/report.html").read_text()
+    parsed = read_markup(page)
+    assert not parsed.tags & {"script", "img", "a", "b onclick", "iframe", "h4", "object", "link"}
+    assert parsed.active == []
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "default-src 'none'" in page
+
+
+SECRETS = {
+    name: f"{name.lower()}-5ecret" for name in ("HF_TOKEN", "WANDB_API_KEY", "USER", "MY_SETTING", "HOSTALIASES")
+}
+
+
+@pytest.mark.parametrize("given", ["relative", "absolute"])
+def test_no_token_environment_or_home_folder_is_written(
+    given: str, place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(place))
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    root = "" if given == "relative" else f"{place}/"
+    sft = SFT.replace("=policy", f"={root}policy").replace("pairs.jsonl", f"{root}pairs.jsonl")
+    models = f"--models.a={root}policy --models.b={root}run/model --curves.b={root}run/metrics.jsonl"
+    for command in (
+        f"fit {sft} --run_dir={root}run",
+        f"predict {sft} --run_dir={root}predicted",
+        f"export --ckpt={root}run/checkpoints/last.ckpt --output={root}exported",
+        f"compare {models} {COMPARE.replace('pairs.jsonl', f'{root}pairs.jsonl')}",
+    ):
+        assert main(shlex.split(command)) == 0
+    folders = ("run", "predicted", "exported", "report")
+    written = [path for folder in folders for path in Path(folder).rglob("*") if path.is_file()]
+    assert {"config.yaml", "last.ckpt", "report.html", "report.json", "config.json"} <= {path.name for path in written}
+    assert [path for path in written if any(value.encode() in path.read_bytes() for value in SECRETS.values())] == []
+    telling = {str(path) for path in written if str(place).encode() in path.read_bytes()}
+    if (
+        given == "absolute"
+    ):  # A path that was asked for is part of the run's settings, and of nothing that is handed on.
+        telling = {path for path in telling if not re.search(r"config[^/]*\.yaml|hparams\.yaml|\.ckpt|tfevents", path)}
+        assert "~/run/model" in Path("report/report.json").read_text()
+    assert telling == set()
