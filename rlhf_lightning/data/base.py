@@ -8,13 +8,14 @@ from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from lightning.pytorch import LightningDataModule
 
 from rlhf_lightning.data.chat import Conversation, ConversationEncoder, EncodedConversation
 from rlhf_lightning.data.collate import TokenIds
-from rlhf_lightning.data.readers import is_hub_name, read_rows
+from rlhf_lightning.data.readers import is_hub_name, line_of_row, read_rows
 from rlhf_lightning.data.shapes import Prompt
 from rlhf_lightning.data.splits import HasPrompt, prompt_key, split_by_prompt
 from rlhf_lightning.data.stream import BatchStream, EvalBatches
@@ -45,6 +46,7 @@ _AGAINST_DROPPING = {
 }
 
 
+_NAMED_ROWS = 5  # of those that are dropped as bad
 _ITEMS_AT_A_TIME = 1000  # enough for any number of cores, and little beside the rows themselves
 
 
@@ -83,8 +85,10 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
         val_split: Split of a hub data set for validation.
         limit: Rows of the source to use, the first ones; ``None`` uses all.
         shuffle: Draw training rows in a random order that follows from the run's seed.
-        bad_rows: What to do with a row that cannot be read: stop with an ``error`` that names it, or ``drop`` and count
-            it.
+        bad_rows: What to do with a row that cannot be read: stop with an ``error`` that names it, or ``drop`` it, count
+            it and name the first ones by file and line.
+        max_bad_share: Share of a source's rows in [0, 1] that may be dropped as bad; more is an error, as the file is
+            then another than was meant. 1 is off.
         token_cache: Folder in which token ids are kept for the next run, by the content of texts and tokenizer;
             ``None`` keeps none. Worth it where tokenising takes longer than a start may.
 
@@ -110,6 +114,7 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
         limit: int | None = None,
         shuffle: bool = True,
         bad_rows: Literal["error", "drop"] = "error",
+        max_bad_share: float = 0.1,
         token_cache: str | None = None,
     ) -> None:
         super().__init__()
@@ -123,13 +128,17 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
             )
         if val_split and not is_hub_name(val_source or source):
             raise UserError(f"val_split {val_split!r} needs a hub data set; for files give val_source or val_size.")
+        if not 0 <= max_bad_share <= 1:
+            raise UserError(f"max_bad_share is {max_bad_share}; it must lie in [0, 1] (1 is off).")
         self.source, self.val_source, self.val_size = source, val_source, val_size
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.chat, self.stop_token, self.tokenizer_name = chat, stop_token, tokenizer
         self.split, self.val_split, self.limit = split, val_split, limit
         self.shuffle, self.bad_rows, self.token_cache = shuffle, bad_rows, token_cache
         self.counts: Counter[str] = Counter()
-        self._first_bad = ""
+        self.max_bad_share = max_bad_share
+        self._rows: Counter[str] = Counter()  # by source
+        self._bad: dict[str, dict[int, str]] = {}  # what is wrong with which row, by source
         self.train_examples: list[Example] = []
         self.val_examples: list[Example] = []
         self._encoder: ConversationEncoder | None = None
@@ -248,6 +257,8 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
 
     def _read(self, *, with_train: bool) -> None:
         self.counts.clear()
+        self._bad.clear()
+        self._rows.clear()
         has_own_val = bool(self.val_source or self.val_split)
         train = [] if has_own_val and not with_train else self._parsed("train", self.source, self.split, self.limit)
         if has_own_val:
@@ -262,6 +273,7 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
             self.val_examples = self._encoded("val", val_source, val)
         if with_train or not self.val_examples:
             self.train_examples = self._encoded("train", self.source, train)
+        self._judge_bad_rows()
 
     def _eval_batches(self, examples: Sequence[Example]) -> EvalBatches[Example, Batch]:
         rank, world_size = self._place()
@@ -283,6 +295,7 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
     def _parsed(self, part: str, source: str, split: str, limit: int | None) -> list[Numbered[Item]]:
         rows = read_rows(source, split=split)[:limit]
         self.counts[f"{part}_rows"] = len(rows)
+        self._rows[source] += len(rows)
         items: list[Numbered[Item]] = []
         for number, row in enumerate(rows, start=1):
             with self._naming_row(part, source, number):
@@ -307,11 +320,25 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
         own = {name.removeprefix(f"{part}_"): n for name, n in self.counts.items() if n and name.startswith(f"{part}_")}
         told = ", ".join(f"{name} {n}" for name, n in own.items())
         if not examples:
+            self._judge_bad_rows()
             advice = "".join(f" {what}" for name, what in _AGAINST_DROPPING.items() if own.get(name))
-            raise UserError(f"nothing is left of the {part} rows of {source!r}: {told}.{advice}{self._first_bad}")
+            raise UserError(f"nothing is left of the {part} rows of {source!r}: {told}.{advice}")
         if self._place()[0] == 0:
             log.info("%s data from %s: %s", part, source, told)
         return examples
+
+    def _judge_bad_rows(self) -> None:
+        """Name the first rows that were dropped as bad, and refuse a source where they are too many."""
+        for source, bad in self._bad.items():
+            named = [_located(source, *entry) for entry in islice(bad.items(), _NAMED_ROWS)]
+            if len(bad) > self.max_bad_share * self._rows[source]:
+                raise UserError(
+                    f"{len(bad)} of {self._rows[source]} rows of {source!r} cannot be read, more than the share of "
+                    f"{self.max_bad_share:g} that max_bad_share allows. The first: {named[0]}"
+                )
+            if self._place()[0] == 0:
+                more = f" (and {len(bad) - len(named)} more)" if len(bad) > len(named) else ""
+                log.warning("%d rows were dropped as bad: %s%s", len(bad), " | ".join(named), more)
 
     def _tokenised(
         self, items: list[Numbered[Item]], counts: Counter[str]
@@ -332,11 +359,14 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
         try:
             yield
         except UserError as error:
-            located = f"{source!r} row {number}: {error}"
             if self.bad_rows == "error":
-                raise UserError(located) from error
+                raise UserError(_located(source, number, str(error))) from error
             self.counts[f"{part}_dropped_bad"] += 1
-            self._first_bad = self._first_bad or f" The first bad row: {located}"
+            self._bad.setdefault(source, {}).setdefault(number, str(error))
+
+
+def _located(source: str, number: int, what: str) -> str:
+    return f"{source!r} row {number}{line_of_row(source, number)}: {what}"
 
 
 def content_digest(examples: Sequence[HasSequences]) -> str:

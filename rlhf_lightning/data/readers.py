@@ -4,6 +4,7 @@ import codecs
 import csv
 import gzip
 import io
+import itertools
 import json
 import os
 import re
@@ -78,6 +79,36 @@ def is_hub_name(source: str) -> bool:
     """
     path_like = source.startswith((".", "/", "~", "builtin:")) or source.count("/") > 1 or "\\" in source
     return bool(source) and not (path_like or _kind(source) in _READERS or os.path.exists(source))
+
+
+def line_of_row(source: str, number: int) -> str:
+    r"""Return where a row lies in its file, as `` (line 3)``; empty where that says no more than the row's number.
+
+    Args:
+        source: What :func:`read_rows` has read.
+        number: Of the row, from 1.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "pairs.csv")
+        >>> _ = path.write_text("prompt\nHi\nBye\n")
+        >>> line_of_row(str(path), 2)
+        ' (line 3)'
+    """
+    path, reader = Path(source), _READERS.get(_kind(source))
+    if reader not in (_read_json_lines, _read_json, _read_csv) or not path.is_file():
+        return ""
+    text = _text(path)
+    if reader is _read_csv:
+        table = csv.DictReader(io.StringIO(text, newline=""))
+        next(itertools.islice(table, number - 1, None), None)
+        line = table.line_num
+    elif reader is _read_json and text.lstrip().startswith("["):
+        return ""
+    else:
+        full = (at for at, line in enumerate(text.split("\n"), start=1) if line.strip())
+        line = next(itertools.islice(full, number - 1, None), number)
+    return "" if line == number else f" (line {line})"
 
 
 def _read_builtin(source: str) -> list[Row]:
@@ -169,7 +200,13 @@ def _read_parquet(path: Path) -> list[Row]:
 
     try:
         rows: list[Row] = pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (
+        pa.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+        MemoryError,
+    ) as error:  # as of damaged numbers and names
         raise UserError(f"'{path}': not a parquet file ({shorten(str(error), 150, placeholder=' ...')}).") from error
     return rows
 

@@ -21,6 +21,9 @@ M = TypeVar("M", bound=nn.Module)
 BUILTIN_MODELS = {"builtin:demo": Path(__file__).parent.parent / "demo" / "base"}
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
+#: What transformers raises where a folder holds something else than it expects.
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError)
+
 
 def resolve_model(name: str) -> str:
     """Return the folder or hub name behind ``name``.
@@ -338,7 +341,7 @@ def _reading(name: str, what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+    except _UNREADABLE as error:
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"the {what} of {name!r} asks for code of its own to be run (auto_map), which is never done here; give "
@@ -352,7 +355,8 @@ def _reading(name: str, what: str) -> Iterator[None]:
             f"{did_you_mean(name, _model_folders())}"
         ) from error
     except Exception as error:
-        if type(error).__module__.split(".")[0] not in {"safetensors_rust", "safetensors", "huggingface_hub", "httpx"}:
+        packages = {"safetensors_rust", "safetensors", "huggingface_hub", "httpx"}
+        if type(error).__module__.split(".")[0] not in packages and type(error) is not Exception:  # as of tokenizers
             raise
         raise UserError(f"the {what} of {name!r} could not be read; is a file damaged? {_reason(error)}") from error
 

@@ -40,9 +40,11 @@ def check_data(module: "ModelModule", data: object) -> None:
             f"the data has sequences of {longest} tokens, but model {module.model_name!r} reads at most {limit}; lower "
             f"data.{knob}."
         )
-    if known is not None and largest_id >= known:
+    stop_id = data.encoder.stop_id or 0
+    if known is not None and max(largest_id, stop_id) >= known:
+        what, wrong = ("the data has", largest_id) if largest_id >= known else ("responses end with", stop_id)
         raise UserError(
-            f"the data has token {data.encoder.tokenizer.convert_ids_to_tokens(largest_id)!r} (id {largest_id}), but "
+            f"{what} token {data.encoder.tokenizer.convert_ids_to_tokens(wrong)!r} (id {wrong}), but "
             f"model {module.model_name!r} knows only {known}; its tokenizer belongs to another model."
         )
 

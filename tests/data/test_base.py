@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.data.collate import PairBatch
 from rlhf_lightning.data.preferences import PreferenceDataModule
+from rlhf_lightning.data.readers import line_of_row
 from rlhf_lightning.data.stream import EvalBatches
 from rlhf_lightning.errors import UserError
 
@@ -113,13 +114,46 @@ def test_a_bad_row_is_named_or_dropped_and_counted(tmp_path: Path, caplog: pytes
     with pytest.raises(UserError, match=r"pairs\.jsonl' row 3: no column 'rejected'"):
         pairs(source)
     with caplog.at_level(logging.INFO, logger="rlhf_lightning"):
-        data = pairs(source, bad_rows="drop")
+        data = pairs(source, bad_rows="drop", max_bad_share=0.5)
     assert (data.counts["train_dropped_bad"], len(data.train_examples)) == (2, 2)
     assert [record.getMessage() for record in caplog.records] == [
-        f"train data from {source}: rows 4, dropped_bad 2, kept 2"
+        f"train data from {source}: rows 4, dropped_bad 2, kept 2",
+        f"2 rows were dropped as bad: {source!r} row 3: no column 'rejected'; found 'prompt', 'chosen'. | {source!r} "
+        "row 4: prompt is 3; expected text or a list of chat messages.",
     ]
-    with pytest.raises(UserError, match=r"nothing is left .* The first bad row: .* row 1: no column 'chosen'"):
-        pairs(write(tmp_path, [{"prompt": "Hi"}], "none.jsonl"), bad_rows="drop")
+    with pytest.raises(UserError, match=r"nothing is left"):
+        pairs(write(tmp_path, [{"prompt": "Hi"}], "none.jsonl"), bad_rows="drop", max_bad_share=1)
+
+
+def test_more_bad_rows_than_their_share_are_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bad = {"prompt": "Hi", "chosen": "x"}
+    source = write(tmp_path, [*PAIRS[:2], bad, *PAIRS[:6], bad])
+    expected = (
+        r"2 of 10 rows of .* more than the share of 0\.1 that max_bad_share allows. The first: .* row 3: no column"
+    )
+    with pytest.raises(UserError, match=expected):
+        pairs(source, bad_rows="drop")
+    with pytest.raises(UserError, match=r"share of 0\.19 that"):
+        pairs(source, bad_rows="drop", max_bad_share=0.19)
+    assert len(pairs(source, bad_rows="drop", max_bad_share=0.2).train_examples) == 8
+    with pytest.raises(UserError, match=r"max_bad_share is 1\.1; it must lie in \[0, 1\]"):
+        pairs(source, bad_rows="drop", max_bad_share=1.1)
+    many = write(tmp_path, [PAIRS[0], *[bad] * 7], "many.jsonl")
+    pairs(many, bad_rows="drop", max_bad_share=1)
+    assert caplog.records[-1].getMessage().endswith("(and 2 more)")
+    assert caplog.records[-1].getMessage().count("no column") == 5
+
+
+def test_a_bad_row_is_named_by_its_line_too_where_that_is_another(tmp_path: Path) -> None:
+    good, bad = json.dumps(PAIRS[0]), json.dumps({"prompt": "Hi", "chosen": "x"})
+    (tmp_path / "gaps.jsonl").write_text(f"\n{good}\n\n\n{bad}\n")
+    (tmp_path / "table.csv").write_text('prompt,chosen,rejected\n"one\ntwo",a,b\nthree,c,d\n')
+    (tmp_path / "list.json").write_text(f"[{good},\n{bad}]")
+    for name, place in (("gaps.jsonl", r"row 2 \(line 5\): "), ("list.json", "row 2: ")):
+        with pytest.raises(UserError, match=place + "no column 'rejected'"):
+            pairs(str(tmp_path / name))
+    assert [line_of_row(str(tmp_path / "table.csv"), row) for row in (1, 2)] == [" (line 3)", " (line 4)"]
+    assert line_of_row(str(tmp_path / "none.parquet"), 1) == ""
 
 
 def test_what_the_template_refuses_is_named_by_its_row_too(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_the_first_row_that_the_template_refuses_is_named_and_only_such_are_drop
     source, tokenizer = write(tmp_path / "pairs.jsonl", rows), with_template(demo_tokenizer, REFUSING)
     with pytest.raises(UserError, match=r"pairs\.jsonl' row 5: the chat template refuses a conversation of user, ass"):
         pairs(source, tokenizer)
-    dropped = pairs(source, tokenizer, bad_rows="drop")
+    dropped = pairs(source, tokenizer, bad_rows="drop", max_bad_share=1)
     kept = pairs(write(tmp_path / "kept.jsonl", [row for row in rows if row["rejected"] == "no"]), tokenizer)
     assert dropped.train_examples == kept.train_examples
     assert (dropped.counts["train_dropped_bad"], dropped.counts["train_kept"]) == (2, 7)

@@ -4,11 +4,13 @@ The table is ``wrong_inputs.txt`` beside this file; the files and folders that i
 """
 
 import contextlib
+import gzip
 import json
 import os
 import re
 import shlex
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,49 @@ DATA: dict[str, str | bytes] = {
     "no_python.py": "def f(:\n",
     "importing.py": "import missing_package\n",
 }
+GOOD_ROWS = rows(*[pair(prompt=f"Do you like {number}?") for number in range(8)])
+DATA |= {
+    "garbage.jsonl": bytes(range(256)) * 8,
+    "garbage.parquet": b"PAR1" + bytes(range(256)) * 8,
+    "garbage.csv": bytes(range(128, 256)) * 8,
+    "garbage.json": bytes(range(256)),
+    "empty.json": "",
+    "empty_list.json": "[]",
+    "empty_file.parquet": "",
+    "empty.jsonl.gz": "",
+    "cut.jsonl.gz": gzip.compress(GOOD_ROWS.encode(), mtime=0)[:-20],
+    "cut.csv.gz": gzip.compress(b"prompt,chosen,rejected\na,b,c\n", mtime=0)[:20],
+    "huge_line.jsonl": '{"prompt": "' + "a" * 3_000_000,
+    "huge_number.jsonl": '{"prompt": "Hi", "chosen": ' + "9" * 5000 + "}",
+    "deep.jsonl": "[" * 100_000,
+    "utf16.jsonl": GOOD_ROWS.encode("utf-16"),
+    "utf16.csv": "prompt,chosen,rejected\na,b,c\n".encode("utf-16"),
+    "shift_jis.jsonl": '{"prompt": "お茶"}'.encode("shift_jis"),
+    "twice.csv": "prompt,chosen,prompt\na,b,c\n",
+    "quotes.csv": 'prompt,chosen,rejected\n"a,b,c\n',
+    "null_bytes.csv": "prompt,chosen,rejected\na\x00,b\n",
+    "semicolons.csv": "prompt;chosen;rejected\na;b;c\n",
+    "labels.csv": "prompt,response,label\nHi,Hello,maybe\n",
+    "nan_label.jsonl": '{"prompt": "Hi", "completion": "a", "label": NaN}\n',
+    "infinite_label.jsonl": '{"prompt": "Hi", "completion": "a", "label": -Infinity}\n',
+    "nan_chosen.jsonl": '{"prompt": "Hi", "chosen": NaN, "rejected": "b"}\n',
+    "nan_margin.jsonl": rows(pair(margin=1)) + '{"prompt": "Hi", "chosen": "a", "rejected": "b", "margin": NaN}\n',
+    "negative_margin.jsonl": rows(pair(margin=-1)),
+    "text_margin.jsonl": rows(pair(margin="much")),
+    "mixed_types.jsonl": rows(pair(), pair(prompt=["Hi"])),
+    "number_prompt.jsonl": rows(pair(prompt=7)),
+    "null_content.jsonl": rows({"messages": [{"role": "user", "content": None}]}),
+    "list_content.jsonl": rows({"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
+    "empty_messages.jsonl": rows({"messages": []}),
+    "text_messages.jsonl": rows({"messages": "Hi"}),
+    "number_messages.jsonl": rows({"messages": [1, 2]}),
+    "mostly_bad.jsonl": rows(pair(), {"prompt": "Hi"}, {"prompt": "Hi"}),
+    "gaps.jsonl": "\n\n" + rows(pair(), {"prompt": "Hi"}),
+    "two_values.jsonl": '{"prompt": "a"} {"prompt": "b"}\n',
+    "single_quotes.jsonl": "{'prompt': 'a'}\n",
+    "object.json": '{"data": [{"prompt": "a"}]}',
+    "bare.txt.gz": gzip.compress(b"Hi", mtime=0),
+}
 CONFIGS: dict[str, str | bytes] = {
     "sft.yaml": SFT_YAML,
     "compare.yaml": COMPARE_YAML,
@@ -198,6 +243,32 @@ MODELS: dict[str, tuple[str, dict[str, str | Callable[[bytes], bytes] | None]]] 
     "refusing_template": ("policy", {"chat_template.jinja": "{{ raise_exception('no') }}"}),
     "last_template": ("policy", {"chat_template.jinja": "{{ messages[-1].content }}"}),
     "two_labels": ("scorer", {"config.json": having(id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})}),
+    "endless_template": (
+        "policy",
+        {"chat_template.jinja": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"},
+    ),
+    "long_range": ("policy", {"chat_template.jinja": "{% for i in range(10 ** 9) %}{% endfor %}"}),
+    "greedy_template": ("policy", {"chat_template.jinja": "{{ 'a' * 10 ** 10 }}"}),
+    "writing_template": ("policy", {"chat_template.jinja": "{{ 'a' * 5000000 }}"}),
+    "dividing_template": ("policy", {"chat_template.jinja": "{{ 1 / 0 }}"}),
+    "breaking_out": ("policy", {"chat_template.jinja": "{{ ''.__class__.__mro__ }}"}),
+    "remote_code": ("policy", {"config.json": having(model_type="x", auto_map={"AutoConfig": "code.Thing"})}),
+    "remote_kernel": ("policy", {"config.json": having(attn_implementation="owner/name")}),
+    "lacking_attention": ("policy", {"config.json": having(attn_implementation="flash_attention_2")}),
+    "config_list": ("policy", {"config.json": "[]"}),
+    "config_garbage": ("policy", {"config.json": lambda text: bytes(range(128, 256))}),
+    "text_size": ("policy", {"config.json": having(hidden_size="big")}),
+    "no_heads": ("policy", {"config.json": having(num_attention_heads=0)}),
+    "other_activation": ("policy", {"config.json": having(hidden_act="gelou")}),
+    "empty_weights": ("policy", {"model.safetensors": ""}),
+    "garbage_weights": ("policy", {"model.safetensors": lambda data: bytes(range(256)) * 40}),
+    "longer_header": ("policy", {"model.safetensors": lambda data: (2**62).to_bytes(8, "little") + data[8:]}),
+    "tokenizer_list": ("policy", {"tokenizer.json": "[]"}),
+    "no_tokenizer_model": ("policy", {"tokenizer.json": having(model=None)}),
+    "tokenizer_garbage": ("policy", {"tokenizer.json": lambda text: bytes(range(256))}),
+    "unknown_stop": ("policy", {"tokenizer_config.json": having(eos_token="<|nowhere|>")}),
+    "no_stop": ("policy", {"tokenizer_config.json": having(eos_token=None)}),
+    "tokenizer_config_list": ("policy", {"tokenizer_config.json": "[]"}),
     "other_stop": ("scorer", {"config.json": having(scored_token_id=9)}),
 }
 
@@ -240,6 +311,16 @@ def write_checkpoints() -> None:
     Path("flipped.ckpt").write_bytes(good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :])
     torch.save({"state_dict": {}}, "foreign.ckpt")
     torch.save({"state_dict": {}, "object": Path("x")}, "objects.ckpt")
+    torch.save([1, 2], "list.ckpt")
+    torch.save({"state_dict": {}, "rlhf_lightning": {"format": 99}}, "vague.ckpt")
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6"}, "other_trainer.ckpt")
+    Path("empty.ckpt").write_bytes(b"")
+    Path("garbage.ckpt").write_bytes(bytes(range(256)) * 40)
+    with zipfile.ZipFile("zip.ckpt", "w") as file:
+        file.writestr("data.pkl", "x")
+    Path("damaged/checkpoints").mkdir(parents=True)
+    Path("damaged/checkpoints/last.ckpt").write_bytes(first_half(good))
+    Path("folder.jsonl").mkdir()
 
 
 @pytest.fixture(scope="session")
@@ -250,6 +331,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, demo_tokenizer: PreTrainedT
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), folder / "empty.parquet")
+    pq.write_table(pa.table({"prompt": ["Hi"], "chosen": [1.5], "rejected": [None]}), folder / "numbers.parquet")
+    pq.write_table(pa.table({"prompt": ["Hi"] * 99}), folder / "whole.parquet")
+    (folder / "cut.parquet").write_bytes(first_half((folder / "whole.parquet").read_bytes()))
     write_model(folder / "policy", demo_tokenizer)
     write_model(folder / "scorer", demo_tokenizer, scalar=True)
     write_model(folder / "other", demo_tokenizer.train_new_from_iterator(["I like tea."], vocab_size=300))
