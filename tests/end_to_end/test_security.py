@@ -127,7 +127,7 @@ def test_a_checkpoint_made_to_run_code_does_not(
         assert main(shlex.split(READS_CHECKPOINT[command])) == 0
     else:
         line = error_line(READS_CHECKPOINT[command], capfd)
-        assert re.search("could run code|is not a checkpoint|is a file; give the Hugging Face folder", line)
+        assert re.search("could run code|is not a checkpoint|is damaged|is a file; give the Hugging Face folder", line)
     assert not Path(MARKER).exists()
 
 
