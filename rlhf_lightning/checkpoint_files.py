@@ -102,17 +102,19 @@ def read_head(path: Path) -> dict[str, Any]:
 
     Raises:
         DamagedCheckpointError: If torch cannot read it.
-        UserError: If it was written by a newer version of this package.
+        UserError: If it holds no entries, or was written by a newer version of this package.
     """
-    head: dict[str, Any] = {}
+    head: Any = {}
     try:
         if path.is_file():
-            head = dict(torch.load(path, map_location="meta", weights_only=True, mmap=True))
+            head = torch.load(path, map_location="meta", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
-        return head
+        return {}
     except Exception as fault:  # torch raises errors of its archive and of Python alike
         reason = next(iter(str(fault).splitlines()), type(fault).__name__)
         raise DamagedCheckpointError(f"checkpoint '{path}' cannot be read ({reason[:120]}){_another(path)}.") from fault
+    if not isinstance(head, dict):
+        raise UserError(f"'{path}' was not written by a Trainer; give a .ckpt file of a run's checkpoints/ folder.")
     refuse_newer_format(head, path)
     return head
 

@@ -312,7 +312,7 @@ def write_checkpoints() -> None:
     torch.save({"state_dict": {}}, "foreign.ckpt")
     torch.save({"state_dict": {}, "object": Path("x")}, "objects.ckpt")
     torch.save([1, 2], "list.ckpt")
-    torch.save({"state_dict": {}, "rlhf_lightning": {"format": 99}}, "vague.ckpt")
+    torch.save({"state_dict": {}, "rlhf_lightning": {"format": 1}}, "vague.ckpt")
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6"}, "other_trainer.ckpt")
     Path("empty.ckpt").write_bytes(b"")
     Path("garbage.ckpt").write_bytes(bytes(range(256)) * 40)
