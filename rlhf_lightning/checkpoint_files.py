@@ -19,6 +19,8 @@ CHECKPOINT_FORMAT = 1
 #: Where a checkpoint holds what belongs to the run and not to its module: the next step to be logged, and the best.
 RUN_KEY = "rlhf_lightning_run"
 
+#: Where they lie in a run's folder.
+CHECKPOINTS = "checkpoints"
 LAST = "last.ckpt"
 BEST = "best.ckpt"
 _EARLIER = re.compile(r"step-(\d+)\.ckpt")

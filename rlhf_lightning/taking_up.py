@@ -7,6 +7,7 @@ from typing import Any
 from rlhf_lightning.checkpoint_files import (
     BEST,
     CHECKPOINT_KEY,
+    CHECKPOINTS,
     LAST,
     RUN_KEY,
     DamagedCheckpointError,
@@ -18,7 +19,6 @@ from rlhf_lightning.errors import UserError
 
 logger = logging.getLogger("rlhf_lightning")
 
-CHECKPOINTS = "checkpoints"
 LAST_CHECKPOINT = Path(CHECKPOINTS, LAST)
 _SHARDED = (".metadata", "latest")  # what marks a folder as a checkpoint in parts: torch.distributed's, DeepSpeed's
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 
-from rlhf_lightning.checkpoint_files import BEST
+from rlhf_lightning.checkpoint_files import BEST, CHECKPOINTS
 from rlhf_lightning.errors import UserError
 
 logger = logging.getLogger("rlhf_lightning")
@@ -247,5 +247,5 @@ def _metric(trainer: pl.Trainer, name: str) -> float | None:
 
 
 def _best_checkpoint(trainer: pl.Trainer) -> str:
-    path = Path(trainer.default_root_dir, "checkpoints", BEST)
+    path = Path(trainer.default_root_dir, CHECKPOINTS, BEST)
     return f" The best checkpoint is {path}." if path.exists() else ""
