@@ -9,7 +9,7 @@ import sys
 from typing import TextIO
 
 from rlhf_lightning.errors import UserError, did_you_mean
-from rlhf_lightning.interruption import INTERRUPTED
+from rlhf_lightning.interruption import INTERRUPTED, end_with_starter
 
 TRAINER_COMMANDS = {
     "fit": "train a module: SFTModule, RewardModule, PPOModule or your own",
@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         return _refuse_command(argv[0])
     _show_own_log()
+    end_with_starter()
     try:
         return _dispatch(argv)
     except UserError as mistake:

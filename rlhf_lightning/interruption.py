@@ -1,10 +1,14 @@
-"""Signals as requests: a Ctrl-C waits for a good moment, a second one does not; SIGUSR1 has the job queued again."""
+"""Signals as requests: a Ctrl-C waits for a good moment, a second one does not; SIGUSR1 has the job queued again.
+
+And what no process is told of: that the one which started it was killed.
+"""
 
 import logging
 import os
 import signal
 import subprocess
 import threading
+import time
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +21,28 @@ logger = logging.getLogger("rlhf_lightning")
 INTERRUPTED = 130
 #: Exit status of a process that a signal asked to stop and be started again: 128 + SIGUSR1.
 REQUEUE = 138
+
+
+def end_with_starter(grace: float = 10.0) -> None:
+    """Have a further process of a run, started by its first, end some seconds after that one is gone.
+
+    One that is killed (SIGKILL, or by the system where memory runs out) tells nobody. The others would wait for it in
+    their next exchange, in the first one for half an hour, and keep the GPU's memory that the run needs to start again.
+    What torchrun and SLURM started is theirs to end.
+
+    Args:
+        grace: Seconds that a process may still take after the first one's end, which can be the regular one.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0" or os.environ.keys() & {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"}:
+        return
+    threading.Thread(target=_end_with, args=(os.getppid(), grace), daemon=True).start()
+
+
+def _end_with(starter: int, grace: float) -> None:
+    while os.getppid() == starter:
+        time.sleep(1)
+    time.sleep(grace)
+    os._exit(1)
 
 
 class Interruption:

@@ -151,3 +151,41 @@ def test_forked_data_worker_survives_the_first_ctrl_c() -> None:
         assert os.waitpid(worker, 0)[1] == 0
     finally:
         interruption.forget()
+
+
+#: Starts a further process as Lightning does, and waits.
+STARTER = """
+import subprocess, sys, time
+further = "from rlhf_lightning.interruption import end_with_starter; import time; "
+further += "end_with_starter(grace=0.1); print('there', flush=True); time.sleep(60)"
+process = subprocess.Popen([sys.executable, "-c", further], stdout=subprocess.PIPE, text=True)
+process.stdout.readline()
+print(process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def goes_on(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to look at processes")
+@pytest.mark.parametrize(
+    ("environment", "ends"),
+    [({"LOCAL_RANK": "1"}, True), ({"LOCAL_RANK": "0"}, False), ({"LOCAL_RANK": "1", "SLURM_PROCID": "1"}, False)],
+)
+def test_further_process_ends_when_the_first_is_killed(environment: dict[str, str], ends: bool) -> None:
+    command = [sys.executable, "-c", STARTER]
+    with subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True) as starter:
+        assert starter.stdout is not None
+        further = int(starter.stdout.readline())
+        starter.kill()
+    until = time.monotonic() + (20 if ends else 2)
+    while goes_on(further) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert goes_on(further) is not ends
+    if not ends:
+        os.kill(further, signal.SIGKILL)
