@@ -1,7 +1,7 @@
 """Stop training runs at random moments, take them up again, and compare their ends with runs that were never stopped.
 
     python tools/kill_runs.py [--modules sft reward dpo kto ppo rloo] [--kills 200] [--terms 50] [--seed 0]
-        [--places save step ...]
+        [--places save step ...] [--processes 2]
 
 Each module trains a model of a few thousand parameters on the built-in demo for eight steps, with a checkpoint every
 second step and two validations; one undisturbed run of it is the measure. A disturbed run is stopped one to three
@@ -9,7 +9,8 @@ times, then left to finish; each time it starts by the same command, with ``--ck
 uniform over what the undisturbed run took; the other half lie within a place or right behind it: one of ``PLACES`` is
 drawn, one of the times that the undisturbed run came there, and up to twice the time that it spent there, all evenly.
 With ``--places`` all moments are drawn from these. ``--terms`` are such runs stopped by SIGTERM, which has to end with
-status 143, or -15 before training began, instead of SIGKILL.
+status 143, or -15 before training began, instead of SIGKILL. With ``--processes 2`` each run is one of two, as
+``trainer.devices=2`` starts them; the first of them is stopped, and the other has to end by itself.
 
 Compared are, bit for bit, the last checkpoint (weights, optimizer, schedule, counters, places in the data; not
 Lightning's own counts of epochs and batches, which tell whether a run ended within its last epoch), the best one's
@@ -19,7 +20,6 @@ everything, so that a start takes a second.
 """
 
 import argparse
-import json
 import os
 import random
 import shlex
@@ -35,6 +35,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from run_ends import differences, end_of  # type: ignore[import-not-found]
 
 STEPS = 8
 TINY = "{hidden_size: 16, intermediate_size: 32, num_attention_heads: 2, num_key_value_heads: 2}"
@@ -68,7 +70,6 @@ MODULES = {
         "--data.responses_per_prompt=4",
     ],
 }
-_OF_THE_START = ("time/", "check/")  # metrics that another start has otherwise
 #: Where runs are stopped on purpose: a name, and the function that does it.
 PLACES = {
     "save": "rlhf_lightning.checkpointing:RunCheckpoint._save",
@@ -127,6 +128,7 @@ def launch(arguments: list[str], log: Path, moment: Moment | None, stop: int) ->
     start = time.monotonic()
     child = os.fork()
     if child == 0:
+        os.setpgid(0, 0)
         os.close(reading)
         os._exit(run(arguments, log, writing))
     os.close(writing)
@@ -142,7 +144,20 @@ def launch(arguments: list[str], log: Path, moment: Moment | None, stop: int) ->
                 visits.append(Visit(place, int(number), float(seconds)))
     _, status = os.waitpid(child, 0)
     killer.cancel()
+    wait_for_others(child)
     return os.waitstatus_to_exitcode(status), visits, time.monotonic() - start
+
+
+def wait_for_others(group: int, patience: float = 120.0) -> None:
+    """Wait until the processes that a run started are gone too."""
+    until = time.monotonic() + patience
+    while time.monotonic() < until:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.02)
+    raise SystemExit(f"process group {group} goes on {patience:.0f} seconds after its first process has ended")
 
 
 class Killer:
@@ -173,6 +188,7 @@ def run(arguments: list[str], log: Path, told: int) -> int:
         os.dup2(file.fileno(), 2)
     for place, path in PLACES.items():
         watch(place, path, told)
+    sys.argv = [str(Path(__file__).resolve()), "fit", *arguments]  # by which Lightning starts further processes
     try:
         return main(["fit", *arguments])
     except SystemExit as ending:
@@ -211,67 +227,6 @@ def arguments_of(module: str, run_dir: Path) -> list[str]:
     """Return what follows ``fit``."""
     monitor = f"--trainer.callbacks.monitor={MONITORS.get(module, 'val/loss')}"
     return [*MODULES[module], *COMMON, monitor, f"--run_dir={run_dir}"]
-
-
-def end_of(run_dir: Path) -> dict[str, Any]:
-    """Return what a finished run is compared by."""
-    import torch
-
-    checkpoint = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
-    best = torch.load(run_dir / "checkpoints" / "best.ckpt", weights_only=True)
-    model = {path.name: path.read_bytes() for path in sorted((run_dir / "model").glob("*.safetensors"))}
-    for counts in ("epoch", "loops"):
-        checkpoint.pop(counts)
-    return {
-        "checkpoint": flat(checkpoint),
-        "best": best["global_step"],
-        "metrics": untimed(run_dir / "metrics.jsonl"),
-        "samples": untimed(run_dir / "samples.jsonl"),
-        "curves": curves(run_dir),
-        "model": model,
-    }
-
-
-def untimed(path: Path) -> list[str]:
-    """Return the lines of a log without what differs from start to start."""
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.exists() else ()
-    kept = [{key: row[key] for key in sorted(row) if key != "time" and lasting(key)} for row in rows]
-    return [json.dumps(row) for row in kept if row.keys() - {"step", "epoch"}]
-
-
-def curves(run_dir: Path) -> dict[str, list[tuple[int, str]]]:
-    """Return the points of TensorBoard's curves, their values as text: NaN is then equal to itself."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
-    events.Reload()
-    names = sorted(name for name in events.Tags()["scalars"] if lasting(name))
-    return {name: [(point.step, str(point.value)) for point in events.Scalars(name)] for name in names}
-
-
-def lasting(name: str) -> bool:
-    """Tell whether a metric is the same from start to start."""
-    return not name.startswith(_OF_THE_START)
-
-
-def flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Return the leaves of nested containers by their paths, tensors as their bytes."""
-    import torch
-
-    if isinstance(value, dict):
-        return {key: leaf for name, part in value.items() for key, leaf in flat(part, f"{path}/{name}").items()}
-    if isinstance(value, list | tuple):
-        return {key: leaf for place, part in enumerate(value) for key, leaf in flat(part, f"{path}/{place}").items()}
-    if isinstance(value, torch.Tensor):
-        return {path: (value.dtype, value.shape, value.flatten().view(torch.uint8).numpy().tobytes())}
-    return {path: value}
-
-
-def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """Return where two ends differ."""
-    named = [name for name in expected if name != "checkpoint" and found[name] != expected[name]]
-    left, right = found["checkpoint"], expected["checkpoint"]
-    return named + [path for path in {**left, **right} if left.get(path, path) != right.get(path, path)]
 
 
 def measure(module: str, folder: Path) -> Measure:
@@ -342,13 +297,20 @@ def prepare(folder: Path) -> None:
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["fit"]:  # a further process of a run
+        from rlhf_lightning.__main__ import main as fit
+
+        return fit(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modules", nargs="+", choices=list(MODULES), default=list(MODULES))
     parser.add_argument("--kills", type=int, default=200, help="SIGKILLs, over all modules")
     parser.add_argument("--terms", type=int, default=50, help="SIGTERMs, over all modules")
     parser.add_argument("--places", nargs="+", choices=list(PLACES), help="draw all moments from these")
+    parser.add_argument("--processes", type=int, default=1, help="of each run")
     parser.add_argument("--seed", type=int, default=0, help="number of the first run: it draws the moments")
     options = parser.parse_args()
+    if options.processes > 1:
+        COMMON.extend([f"--trainer.devices={options.processes}", "--trainer.strategy=ddp"])
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import rlhf_lightning.cli  # noqa: F401 - imported once, for all forks

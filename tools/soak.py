@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import kill_runs  # type: ignore[import-not-found]
+from run_ends import differences, end_of  # type: ignore[import-not-found]
 
 MOST_GROWTH = 0.02
 _LONGER = "--trainer.val_check_interval=50 --trainer.callbacks.every_n_steps=5"
@@ -134,7 +135,7 @@ def main() -> int:
     if status:
         faults.append(f"the undisturbed run ended with {status}; {folder / 'whole.log'}")
     if not faults:
-        faults = kill_runs.differences(kill_runs.end_of(folder / "disturbed"), kill_runs.end_of(folder / "whole"))
+        faults = differences(end_of(folder / "disturbed"), end_of(folder / "whole"))
     alike = "they differ: " + ", ".join(faults[:5]) if faults else "equal"
     print(f"{options.steps} iterations, {kills} kills in {minutes:.1f} minutes: {alike}")
     faults += report(watch)

@@ -11,7 +11,7 @@ import torch
 
 
 def test_one_bit_of_one_tensor_is_a_difference(load_tool: Callable[[str], ModuleType]) -> None:
-    tool = load_tool("kill_runs")
+    tool = load_tool("run_ends")
     ends = [
         {"checkpoint": tool.flat({"state_dict": {"a": torch.tensor(weight)}, "steps": [1, 2]}), "metrics": []}
         for weight in (0.1, 0.1, 0.1000001)
