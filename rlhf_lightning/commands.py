@@ -1,6 +1,8 @@
 """The commands that need no Trainer: ``export``, ``generate`` and ``compare``, each a function with typed arguments."""
 
 import os
+import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
@@ -128,7 +130,17 @@ def generate(
     answer = _answerer(load_causal_lm(model), tokenizer, config, chat=chat)
     for number, text in enumerate(_prompts(prompt)):
         for response in answer(text, samples, seed + number):
-            print(response, flush=True)
+            print(without_controls(response) if sys.stdout.isatty() else response, flush=True)
+
+
+def without_controls(text: str) -> str:
+    r"""Spell out what a terminal would obey: a model can say what moves the cursor, renames a window or types.
+
+    Example:
+        >>> without_controls("red: " + chr(27) + "[31m" + chr(10) + "over")
+        'red: \\x1b[31m\nover'
+    """
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def _answerer(

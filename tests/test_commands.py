@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,23 @@ def test_prompts_are_read_line_by_line(
     single = answers(capsys, *argv, "--prompt=Hello")
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nHello\n\nnever read\n"))
     assert answers(capsys, *argv) == single * 2
+
+
+def test_what_would_steer_a_terminal_is_spelled_out(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ("--prompt=How are you?", "--max_new_tokens=4", "--temperature=0")
+    saying = shutil.copytree(model_folder, tmp_path / "saying")
+    tokenizer = json.loads((saying / "tokenizer.json").read_text(encoding="utf-8"))
+    for entry in tokenizer["model"]["vocab"]:
+        if not entry[0].startswith("<") and entry[0].strip("\u2581") not in "How are you? user assistant":
+            entry[0] += "\x1b[31m"
+    (saying / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    assert "\x1b[31m" in answers(capsys, f"--model={saying}", *argv)  # into a pipe, as it is
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    shown = answers(capsys, f"--model={saying}", *argv)
+    assert "\x1b" not in shown
+    assert "\\x1b[31m" in shown
 
 
 @pytest.mark.parametrize(
