@@ -3,6 +3,7 @@
 Answers to ``--help``, ``--version`` and a mistyped command are given before torch and Lightning are imported.
 """
 
+import errno
 import logging
 import os
 import sys
@@ -68,6 +69,12 @@ def main(argv: list[str] | None = None) -> int:
         return _dispatch(argv)
     except UserError as mistake:
         print(f"error: {' '.join(str(mistake).split())}", file=sys.stderr)
+        return 2
+    except OSError as failure:
+        if failure.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = f" ({failure.filename})" if failure.filename else ""
+        print(f"error: {failure.strerror}{place}; make room and start the same command again.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -1,8 +1,11 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rlhf_lightning import __version__
 from rlhf_lightning.__main__ import COMMANDS, main
@@ -65,3 +68,26 @@ def test_module_and_console_script_run_the_same() -> None:
     )
     assert answer.returncode == 2
     assert answer.stderr == "error: there is no command 'compar'. Did you mean 'compare'?\n"
+
+
+class LogsOnFullDisk(Callback):
+    """From the second step on, no line of metrics.jsonl can be written."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            Path("run/metrics.jsonl").unlink()
+            Path("run/metrics.jsonl").symlink_to("/dev/full")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_disk_ends_a_run_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny = "{hidden_size: 16, intermediate_size: 32, num_attention_heads: 2, num_key_value_heads: 2}"
+    model = ["--model=SFTModule", "--model.model=builtin:demo", "--model.pretrained=false"]
+    data = ["--data=DemonstrationDataModule", "--data.source=builtin:demo/train", "--data.limit=16"]
+    more = ["--data.batch_size=4", "--trainer.accelerator=cpu", "--run_dir=run", f"--model.config_overrides={tiny}"]
+    assert main(["fit", *model, *data, *more, f"--trainer.callbacks={__name__}.LogsOnFullDisk"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: No space left on device; make room and start the same command again."]
