@@ -16,7 +16,7 @@ from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from rlhf_lightning.checkpoint_files import CHECKPOINT_KEY, refuse_newer_format
+from rlhf_lightning.checkpoint_files import CHECKPOINT_KEY, check_file, refuse_newer_format
 from rlhf_lightning.distributed import world_size
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch
@@ -87,8 +87,12 @@ class ModelModule(LightningModule):
         """Make a module with the weights of a checkpoint, as Lightning does; objects are to be given again.
 
         Raises:
-            UserError: If an argument is missing that checkpoints do not hold, such as the reward of a PPOModule.
+            UserError: If the file is damaged, or an argument is missing that checkpoints do not hold, such as the
+                reward of a PPOModule.
         """
+        path = kwargs.get("checkpoint_path", args[0] if args else None)
+        if isinstance(path, str | Path) and "://" not in str(path) and not Path(path).is_dir():
+            check_file(Path(path))
         try:
             return super().load_from_checkpoint(*args, **kwargs)
         except TypeError as refusal:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf_lightning.checkpoint_files import DamagedCheckpointError
 from rlhf_lightning.data.collate import collate_sequences
 from rlhf_lightning.data.prompts import PromptDataModule
 from rlhf_lightning.errors import UserError
@@ -88,6 +89,17 @@ def test_load_from_checkpoint_names_what_is_to_be_given_again(checkpoint: tuple[
         UserError, match=r"does not hold reward; give it again: load_from_checkpoint\(path, reward=\.\.\."
     ):
         PPOModule.load_from_checkpoint(checkpoint[0], weights_only=True)
+
+
+def test_load_from_checkpoint_refuses_a_damaged_file(checkpoint: tuple[Path, PPOModule], reward_model: str) -> None:
+    path, _ = checkpoint
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 1  # within a weight: torch alone would take it
+    path.write_bytes(whole)
+    with pytest.raises(DamagedCheckpointError, match="does not match its checksum"):
+        PPOModule.load_from_checkpoint(path, reward=RewardModel(reward_model), weights_only=True)
+    with pytest.raises(UserError, match=r"nowhere\.ckpt' does not exist"):
+        PPOModule.load_from_checkpoint(checkpoint_path="nowhere.ckpt", reward=RewardModel(reward_model))
 
 
 def test_loading_refuses_a_missing_layer(checkpoint: tuple[Path, PPOModule], reward_model: str) -> None:
