@@ -62,7 +62,8 @@ def compare(
     has the keys ``format`` ("rlhf_lightning.comparison/1"), ``created`` (UTC), ``base``, ``seed``, ``prompts``
     (``source``, ``count`` asked, ``available``), ``sampling`` (the arguments of SamplingConfig), ``reward`` (name or
     null), ``training_s`` (seconds by name, of the models whose curves were given under their name), ``curves`` (the
-    argument) and ``models``, a list with the fields of
+    argument), ``sections`` (what else was asked for, each with ``title``, ``note``, ``columns``, ``rows`` and ``data``)
+    and ``models``, a list with the fields of
     :class:`~rlhf_lightning.evaluation.summary.ModelSummary`: ``name``, ``path``, ``score``, ``score_std``,
     ``score_quantiles``, ``score_parts``, ``score_difference``, ``win_rate``, ``metrics``, ``kl``, ``kl_per_token``,
     ``length``, ``finished``, ``distinct_2``. What has an interval is ``{"mean", "low", "high"}``; what does not apply

@@ -9,7 +9,8 @@ import torch
 from rlhf_lightning.evaluation.curves import MAX_POINTS, Plot
 from rlhf_lightning.evaluation.formatting import Kind, ends, plain, written
 from rlhf_lightning.evaluation.generations import Generations
-from rlhf_lightning.evaluation.plots import COLORS, Distribution, histograms, interval_strip, line_chart
+from rlhf_lightning.evaluation.plots import Distribution, histograms, interval_strip, line_chart
+from rlhf_lightning.evaluation.sections import colors_of
 from rlhf_lightning.evaluation.statistics import Interval
 from rlhf_lightning.evaluation.summary import Comparison, ModelSummary, TableRow, headline
 from rlhf_lightning.rollout.reward_sources import Prompt
@@ -62,8 +63,7 @@ samples.jsonl, beside this file.</footer>
 
 def color_of(comparison: Comparison, name: str) -> int:
     """Return the number of a model's colour: 0, grey, for the base, the others in turn."""
-    others = [other for other in comparison.names if other != comparison.base]
-    return 0 if name == comparison.base else 1 + others.index(name) % (COLORS - 1)
+    return colors_of(comparison.names, comparison.base)[name]
 
 
 def draw_samples(count: int, shown: int, seed: int) -> list[int]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from rlhf_lightning.evaluation.formatting import Kind, TableRow, plain, written
 from rlhf_lightning.evaluation.generations import Generations
 from rlhf_lightning.evaluation.prompts import PromptSet
+from rlhf_lightning.evaluation.sections import Section, plain_data
 from rlhf_lightning.evaluation.statistics import (
     Interval,
     bootstrap_mean,
@@ -162,6 +163,7 @@ class Comparison:
         seed: Fixed prompts, draws and resamples.
         created: When, as text.
         training_s: Seconds of training by the name of the model, where its curves tell them.
+        sections: What else was measured, in the order of the report.
     """
 
     base: str
@@ -173,6 +175,7 @@ class Comparison:
     seed: int
     created: str
     training_s: Mapping[str, float] = field(default_factory=dict)
+    sections: list[Section] = field(default_factory=list)
 
     @property
     def table(self) -> list[TableRow]:
@@ -205,7 +208,8 @@ class Comparison:
             "sampling": asdict(self.sampling),
             "reward": self.reward,
             "training_s": dict(self.training_s),
-            "models": [_json_fields(model) for model in self.models],
+            "models": [plain_data(vars(model)) for model in self.models],
+            "sections": {section.key: section.as_dict() for section in self.sections},
         }
 
     def samples(self) -> list[dict[str, Any]]:
@@ -215,15 +219,6 @@ class Comparison:
             for row, prompt in enumerate(self.prompts.prompts)
             for answer in self.answers
         ]
-
-
-def _json_fields(value: Any) -> Any:
-    """Turn a summary into plain data; an interval becomes an object with mean, low and high."""
-    if isinstance(value, Interval):
-        return value._asdict()
-    if isinstance(value, ModelSummary):
-        return {name: _json_fields(field) for name, field in vars(value).items()}
-    return {key: _json_fields(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _means(values: dict[str, Tensor], seed: int) -> dict[str, Interval]:
