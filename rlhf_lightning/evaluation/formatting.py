@@ -109,7 +109,9 @@ def _digits(value: float) -> int:
         return 0
     if size >= 10:
         return 1
-    return 2 if size >= 0.1 or size == 0 else 3
+    if size >= 0.1 or size == 0:
+        return 2
+    return 5 if 5e-6 <= size < 1e-3 else 3
 
 
 def _percent(value: float) -> str:

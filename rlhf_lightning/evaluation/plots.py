@@ -27,6 +27,7 @@ class Series(NamedTuple):
         ys: Values; one that is not finite leaves a gap.
         spread: How far the shade reaches above and below each value; empty for none.
         color: Number of its colour.
+        bounds: Lower and upper end of the shade of each value, in place of a spread to both sides; empty for none.
     """
 
     label: str
@@ -34,6 +35,7 @@ class Series(NamedTuple):
     ys: Sequence[float]
     spread: Sequence[float] = ()
     color: int = 1
+    bounds: Sequence[tuple[float, float]] = ()
 
 
 class Distribution(NamedTuple):
@@ -140,12 +142,12 @@ def line_chart(
     Raises:
         ValueError: If there is no finite value.
     """
-    points = [(x, y, s) for line in series for x, y, s in _points(line)]
+    points = [point for line in series for point in _points(line)]
     if not points:
         raise ValueError(f"line_chart: {title!r} has no finite value to draw; leave it out.")
     top = 26 if len(series) > 1 else 8
-    y_ticks = nice_ticks(min(y - s for _, y, s in points), max(y + s for _, y, s in points), 4, slack=0.15)
-    low_x, high_x = min(x for x, _, _ in points), max(x for x, _, _ in points)
+    y_ticks = nice_ticks(min(point.low for point in points), max(point.high for point in points), 4, slack=0.15)
+    low_x, high_x = min(point.x for point in points), max(point.x for point in points)
     x = Scale(low_x, high_x if high_x > low_x else low_x + 1, _MARGIN_LEFT, width - _MARGIN_RIGHT)
     y = Scale(y_ticks[0], y_ticks[-1], height - _AXIS_HEIGHT, top)
     x_ticks = [tick for tick in nice_ticks(x.low, x.high, max(2, width // 80)) if x.low <= tick <= x.high]
@@ -273,44 +275,56 @@ def _steps(shares: Sequence[float], edges: Sequence[float], x: Scale, y: Scale) 
     return "".join(parts) + f"V{y.start:.1f}"
 
 
-def _points(line: Series) -> list[tuple[float, float, float]]:
-    """Return x, y and spread of the finite values."""
-    spread = line.spread or [0.0] * len(line.ys)
-    return [
-        (x, y, s if math.isfinite(s) else 0.0)
-        for x, y, s in zip(line.xs, line.ys, spread, strict=True)
-        if math.isfinite(y)
-    ]
+class _Point(NamedTuple):
+    """A value and the ends of its shade."""
+
+    x: float
+    y: float
+    low: float
+    high: float
+
+
+def _points(line: Series) -> list[_Point]:
+    """Return the finite values."""
+    return [point for run in _unbroken(line) for point in run]
 
 
 def _line(line: Series, x: Scale, y: Scale) -> str:
     parts = []
     for run in _unbroken(line):
-        if line.spread:
-            upper = [f"{x(a):.1f} {y(b + s):.1f}" for a, b, s in run]
-            lower = [f"{x(a):.1f} {y(b - s):.1f}" for a, b, s in reversed(run)]
+        if line.spread or line.bounds:
+            upper = [f"{x(point.x):.1f} {y(point.high):.1f}" for point in run]
+            lower = [f"{x(point.x):.1f} {y(point.low):.1f}" for point in reversed(run)]
             parts.append(f'<path class="band" d="M{"L".join(upper + lower)}Z"/>')
-        parts.append(f'<path class="line" d="M{"L".join(f"{x(a):.1f} {y(b):.1f}" for a, b, _ in run)}"/>')
+        path = "L".join(f"{x(point.x):.1f} {y(point.y):.1f}" for point in run)
+        parts.append(f'<path class="line" d="M{path}"/>')
         if len(line.ys) <= 16 or len(run) == 1:
-            parts += [f'<circle class="dot" cx="{x(a):.1f}" cy="{y(b):.1f}" r="2.6"/>' for a, b, _ in run]
+            parts += [f'<circle class="dot" cx="{x(p.x):.1f}" cy="{y(p.y):.1f}" r="2.6"/>' for p in run]
     parts += [
-        f'<circle class="hover" cx="{x(a):.1f}" cy="{y(b):.1f}" r="6"><title>'
-        f"{html.escape(line.label)}: {b:.4g} at {a:g}</title></circle>"
-        for a, b, _ in _points(line)
+        f'<circle class="hover" cx="{x(p.x):.1f}" cy="{y(p.y):.1f}" r="6"><title>'
+        f"{html.escape(line.label)}: {p.y:.4g} at {p.x:g}</title></circle>"
+        for p in _points(line)
     ]
     return f'<g class="s{line.color % COLORS}">{"".join(parts)}</g>'
 
 
-def _unbroken(line: Series) -> list[list[tuple[float, float, float]]]:
+def _unbroken(line: Series) -> list[list[_Point]]:
     """Return the stretches of a line between values that are not finite."""
-    runs: list[list[tuple[float, float, float]]] = [[]]
-    spread = line.spread or [0.0] * len(line.ys)
-    for a, b, s in zip(line.xs, line.ys, spread, strict=True):
-        if math.isfinite(b):
-            runs[-1].append((a, b, s if math.isfinite(s) else 0.0))
+    runs: list[list[_Point]] = [[]]
+    for x, y, (low, high) in zip(line.xs, line.ys, _shade(line), strict=True):
+        if math.isfinite(y):
+            runs[-1].append(_Point(x, y, low, high))
         elif runs[-1]:
             runs.append([])
     return [run for run in runs if run]
+
+
+def _shade(line: Series) -> list[tuple[float, float]]:
+    """Return the ends of the shade of each value; a spread that is not finite is none."""
+    if line.bounds:
+        return list(line.bounds)
+    spread = [s if math.isfinite(s) else 0.0 for s in line.spread or [0.0] * len(line.ys)]
+    return [(value - s, value + s) for value, s in zip(line.ys, spread, strict=True)]
 
 
 def _x_axis(x: Scale, ticks: Sequence[float], base: float, label: str) -> str:

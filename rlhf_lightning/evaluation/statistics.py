@@ -6,7 +6,7 @@ resampled alike, so that a paired difference is just the mean of the row-wise di
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from rlhf_lightning.seeding import derived_generator
 
 Z_95 = 1.959963984540054
 _RESAMPLED_VALUES = 4_000_000
+_FLAT = 1e-24  # share of a side's squares that rounding alone may leave as its spread
 
 
 class Interval(NamedTuple):
@@ -58,14 +59,61 @@ def bootstrap_mean(values: Tensor, *, seed: int = 0, resamples: int = 2000) -> I
         Efron and Tibshirani 1993, "An Introduction to the Bootstrap", section 13.3.
     """
     values = _checked("bootstrap_mean", values)
-    generator = derived_generator(seed, "bootstrap", len(values))
-    rows_at_once = max(1, _RESAMPLED_VALUES // len(values))
-    means = []
-    for start in range(0, resamples, rows_at_once):
-        shape = (min(rows_at_once, resamples - start), len(values))
-        means.append(values[torch.randint(len(values), shape, generator=generator)].mean(dim=1))
-    ends = torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return Interval(float(values.mean()), float(ends[0]), float(ends[1]))
+    means = [values[rows].mean(dim=1) for rows in _resampled(len(values), seed, resamples)]
+    return Interval(float(values.mean()), *_percentiles(torch.cat(means)))
+
+
+def bootstrap_ratio(numerators: Tensor, denominators: Tensor, *, seed: int = 0, resamples: int = 2000) -> Interval:
+    """Return the sum of the numerators over that of the denominators, with its bootstrap interval over rows.
+
+    A mean per token of texts of unequal length is such a ratio: texts are drawn, not tokens, as those of one text
+    hang together.
+
+    Args:
+        numerators: Such as the log-probability of each text, shape (rows,).
+        denominators: Such as its tokens, above 0, shape (rows,).
+        seed: Fixes the resamples.
+        resamples: As in :func:`bootstrap_mean`.
+
+    Raises:
+        ValueError: If the shapes differ, there are no values, one is not finite, or a denominator is not above 0.
+
+    Example:
+        >>> bootstrap_ratio(torch.tensor([-2.0, -6.0]), torch.tensor([1, 3]))
+        Interval(mean=-2.0, low=-2.0, high=-2.0)
+    """
+    _same_rows("bootstrap_ratio", numerators, denominators)
+    above, below = _checked("bootstrap_ratio", numerators), _checked("bootstrap_ratio", denominators)
+    if bool((below <= 0).any()):
+        raise ValueError("bootstrap_ratio: a denominator is not above 0; leave such rows out and say how many.")
+    blocks = _resampled(len(above), seed, resamples)
+    ratios = [above[rows].sum(dim=1) / below[rows].sum(dim=1) for rows in blocks]
+    return Interval(float(above.sum() / below.sum()), *_percentiles(torch.cat(ratios)))
+
+
+def correlation(values: Tensor, others: Tensor, *, seed: int = 0, resamples: int = 2000) -> Interval | None:
+    """Return Pearson's correlation with its bootstrap interval; ``None`` where a side is constant or nearly so.
+
+    Args:
+        values: Shape (rows,).
+        others: Row i belongs to the same thing as row i of the values, shape (rows,).
+        seed: Fixes the resamples.
+        resamples: As in :func:`bootstrap_mean`; those that draw but one value again and again are left out.
+
+    Raises:
+        ValueError: If the shapes differ, there are no values or one is not finite.
+
+    Example:
+        >>> correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 2.0, 1.0])).mean
+        -1.0
+    """
+    _same_rows("correlation", values, others)
+    pairs = torch.stack([_checked("correlation", values), _checked("correlation", others)])
+    whole = _pearson(pairs)
+    if not bool(torch.isfinite(whole)):
+        return None
+    found = torch.cat([_pearson(pairs[:, rows]) for rows in _resampled(len(values), seed, resamples)])
+    return Interval(float(whole), *_percentiles(found[torch.isfinite(found)]))
 
 
 def paired_difference(values: Tensor, base: Tensor, *, seed: int = 0, resamples: int = 2000) -> Interval:
@@ -184,6 +232,28 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
         words = text.lower().split()
         grams.update(zip(*(words[start:] for start in range(n)), strict=False))
     return len(grams) / grams.total() if grams else math.nan
+
+
+def _resampled(count: int, seed: int, resamples: int) -> Iterator[Tensor]:
+    """Yield row numbers drawn with replacement, some resamples at a time, shape (resamples, count)."""
+    generator = derived_generator(seed, "bootstrap", count)
+    at_once = max(1, _RESAMPLED_VALUES // count)
+    for start in range(0, resamples, at_once):
+        yield torch.randint(count, (min(at_once, resamples - start), count), generator=generator)
+
+
+def _percentiles(estimates: Tensor) -> list[float]:
+    ends: list[float] = torch.quantile(estimates, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return ends
+
+
+def _pearson(pairs: Tensor) -> Tensor:
+    """Return the correlations of two stacked sides, shape (2, ..., rows); NaN where one side is constant."""
+    away = pairs - pairs.mean(dim=-1, keepdim=True)
+    (a, b), (spread_a, spread_b) = away, away.square().sum(dim=-1)
+    flat = (spread_a <= _FLAT * pairs[0].square().sum(dim=-1)) | (spread_b <= _FLAT * pairs[1].square().sum(dim=-1))
+    found = (a * b).sum(dim=-1) / (spread_a * spread_b).sqrt()
+    return torch.where(flat, torch.nan, found.clamp(-1, 1))
 
 
 def _checked(name: str, values: Tensor) -> Tensor:

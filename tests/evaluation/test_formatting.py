@@ -8,7 +8,16 @@ from rlhf_lightning.evaluation.statistics import Interval
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0, "0.00"), (-0.0, "0.00"), (-0.004, "-0.004"), (0.5, "0.50"), (-12.345, "-12.3"), (99999.0, "99999")],
+    [
+        (0.0, "0.00"),
+        (-0.0, "0.00"),
+        (-0.004, "-0.004"),
+        (0.5, "0.50"),
+        (-12.345, "-12.3"),
+        (99999.0, "99999"),
+        (0.0007, "0.00070"),
+        (1e-7, "0.000"),
+    ],
 )
 def test_numbers_keep_about_three_figures(value: float, text: str) -> None:
     assert plain(value) == text

@@ -146,3 +146,12 @@ def test_text_is_escaped() -> None:
 
 def test_scale_is_linear() -> None:
     assert [Scale(0, 4, 100, 0)(value) for value in (0, 1, 4)] == [100, 75, 0]
+
+
+def test_bounds_shade_further_to_one_side() -> None:
+    line = Series("share", [0.0, 1.0], [0.5, 0.75], bounds=[(0.0, 0.5), (0.5, 1.0)])
+    svg = line_chart([line], title="t", height=214)
+    (band,) = of_class(svg, "band")
+    heights = [y for _, y in points(band.get("d") or "")]
+    y = Scale(0.0, 1.0, 174, 8)  # all that lies in the shade is within the ticks
+    assert heights == [pytest.approx(y(value), abs=0.06) for value in (0.5, 1.0, 0.5, 0.0)]

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from rlhf_lightning.evaluation.statistics import (
     bootstrap_mean,
+    bootstrap_ratio,
+    correlation,
     distinct_n,
     mean_interval,
     paired_difference,
@@ -122,3 +124,51 @@ def test_wrong_shapes_and_ranges_are_refused() -> None:
         share_interval(torch.tensor([0.5, 1.5]))
     with pytest.raises(ValueError, match="n is 0"):
         distinct_n(["a"], 0)
+
+
+def test_bootstrap_ratio_of_two_rows_by_hand() -> None:
+    # Resamples of (-1 of 1, -9 of 3) give -1, -10 / 4 and -3, with probability 1/4, 1/2, 1/4.
+    assert bootstrap_ratio(torch.tensor([-1.0, -9.0]), torch.tensor([1, 3])) == (-2.5, -3.0, -1.0)
+
+
+def test_bootstrap_ratio_over_ones_is_the_bootstrap_of_the_mean() -> None:
+    values = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    assert bootstrap_ratio(values, torch.ones(40), seed=5) == pytest.approx(bootstrap_mean(values, seed=5))
+
+
+def test_bootstrap_ratio_is_that_of_a_slow_loop() -> None:
+    generator = torch.Generator().manual_seed(1)
+    above, below = torch.randn(30, generator=generator), torch.randint(1, 20, (30,), generator=generator)
+    draws = torch.randint(30, (8000, 30), generator=generator)
+    numerators, denominators = above.tolist(), below.tolist()
+    ratios = sorted(
+        sum(numerators[row] for row in rows) / sum(denominators[row] for row in rows) for rows in draws.tolist()
+    )
+    found = bootstrap_ratio(above, below, resamples=8000)
+    spread = ratios[7800] - ratios[200]
+    assert found.mean == pytest.approx(float(above.sum() / below.sum()))
+    assert found.low == pytest.approx(ratios[200], abs=0.05 * spread)
+    assert found.high == pytest.approx(ratios[7800], abs=0.05 * spread)
+
+
+def test_bootstrap_ratio_refuses_a_denominator_of_nothing() -> None:
+    with pytest.raises(ValueError, match="a denominator is not above 0"):
+        bootstrap_ratio(torch.ones(2), torch.tensor([1, 0]))
+
+
+def test_correlation_is_that_of_torch_and_its_interval_that_of_fisher() -> None:
+    generator = torch.Generator().manual_seed(2)
+    a = torch.randn(400, generator=generator)
+    b = 0.5 * a + torch.randn(400, generator=generator)
+    found = correlation(a, b)
+    assert found is not None
+    assert found.mean == pytest.approx(float(torch.corrcoef(torch.stack([a, b]))[0, 1]), abs=1e-6)
+    reach = 1.96 / math.sqrt(397)
+    assert found.low == pytest.approx(math.tanh(math.atanh(found.mean) - reach), abs=0.02)
+    assert found.high == pytest.approx(math.tanh(math.atanh(found.mean) + reach), abs=0.02)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1e6])
+def test_there_is_no_correlation_with_a_constant(constant: float) -> None:
+    assert correlation(torch.arange(7.0), torch.full((7,), constant)) is None
+    assert correlation(torch.full((7,), constant), torch.arange(7.0)) is None
