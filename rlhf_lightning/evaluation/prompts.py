@@ -48,10 +48,7 @@ def read_prompts(
     from rlhf_lightning.data.shapes import parse_prompt
 
     rows = read_rows(source)
-    numbers = list(range(len(rows)))
-    if limit is not None and limit < len(rows):
-        drawn = torch.randperm(len(rows), generator=derived_generator(seed, "prompts"))[:limit]
-        numbers = sorted(drawn.tolist())
+    numbers = drawn_rows(len(rows), limit, seed)
     prompts = []
     for number in numbers:
         try:
@@ -59,6 +56,18 @@ def read_prompts(
         except UserError as error:
             raise UserError(f"prompts {source!r}, row {number + 1}: {error}") from error
     return PromptSet(source, prompts, [rows[number] for number in numbers], len(rows))
+
+
+def drawn_rows(count: int, limit: int | None, seed: int) -> list[int]:
+    """Return which of so many rows are taken: drawn without replacement, in their order.
+
+    Example:
+        >>> drawn_rows(4, None, seed=0), len(drawn_rows(4, 2, seed=0))
+        ([0, 1, 2, 3], 2)
+    """
+    if limit is None or limit >= count:
+        return list(range(count))
+    return sorted(torch.randperm(count, generator=derived_generator(seed, "prompts"))[:limit].tolist())
 
 
 def encode_prompts(encoder: "ConversationEncoder", prompts: Sequence[Prompt], max_length: int) -> list[list[int]]:

@@ -1,12 +1,14 @@
 """What a further part of the report is: a table, figures and plain data, whoever measured them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, is_dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from rlhf_lightning.evaluation.formatting import TableRow
 from rlhf_lightning.evaluation.plots import COLORS, Distribution, histograms
-from rlhf_lightning.evaluation.statistics import Interval
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WIDE, NARROW = 1000, 340
 
@@ -36,7 +38,7 @@ class Section:
         columns: What the columns of the table are: names of models, or others.
         rows: The table, a cell for each column.
         figures: Pictures below the table.
-        data: All that was measured, as plain data and intervals, for ``report.json``.
+        data: All that was measured, for ``report.json``: what :func:`plain_data` takes.
     """
 
     key: str
@@ -57,25 +59,42 @@ class Section:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what ``report.json`` holds of it: ``title``, ``note``, ``columns``, ``rows`` and ``data``."""
-        rows = [plain_data(row._asdict()) for row in self.rows]
-        return {
-            "title": self.title,
-            "note": self.note,
-            "columns": self.columns,
-            "rows": rows,
-            "data": plain_data(self.data),
-        }
+        shown = {"title": self.title, "note": self.note, "columns": self.columns, "rows": self.rows, "data": self.data}
+        told: dict[str, Any] = plain_data(shown)
+        return told
+
+
+class Measurement(Protocol):
+    """What looks at each model while it is loaded, and makes sections of what it saw."""
+
+    def take(self, name: str, model: "PreTrainedModel") -> None:
+        """Measure a model.
+
+        Args:
+            name: What the model is called.
+            model: The model, in eval mode, on its device.
+        """
+
+    def sections(self, names: list[str]) -> list[Section]:
+        """Return what was measured.
+
+        Args:
+            names: Of the models, in the order of the report.
+        """
 
 
 def plain_data(value: Any) -> Any:
-    """Turn every interval in plain data into an object with mean, low and high.
+    """Turn intervals, and whatever else has named fields, into objects with these names.
 
     Example:
+        >>> from rlhf_lightning.evaluation.statistics import Interval
         >>> plain_data({"score": [Interval(0.5, 0.25, 0.75), None]})
         {'score': [{'mean': 0.5, 'low': 0.25, 'high': 0.75}, None]}
     """
-    if isinstance(value, Interval):
-        return value._asdict()
+    if hasattr(value, "_asdict"):
+        return plain_data(value._asdict())
+    if is_dataclass(value):
+        return plain_data(vars(value))
     if isinstance(value, dict):
         return {key: plain_data(item) for key, item in value.items()}
     return [plain_data(item) for item in value] if isinstance(value, list | tuple) else value

@@ -208,7 +208,7 @@ class Comparison:
             "sampling": asdict(self.sampling),
             "reward": self.reward,
             "training_s": dict(self.training_s),
-            "models": [plain_data(vars(model)) for model in self.models],
+            "models": plain_data(self.models),
             "sections": {section.key: section.as_dict() for section in self.sections},
         }
 
