@@ -188,6 +188,29 @@ def longest(batches: Iterable[SequenceBatch]) -> int:
     return max((int(batch.lengths.max()) for batch in batches), default=0)
 
 
+def counted(name: str, kept: int, available: int, counts: Mapping[str, int]) -> str:
+    """Return in words how many rows of a set are measured, and what became of others.
+
+    Args:
+        name: Of the set.
+        kept: Rows that are measured.
+        available: Rows of the source.
+        counts: As in :class:`EncodedAnswers`.
+
+    Example:
+        >>> counted("unseen", 50, 4358, {"dropped_empty": 1467, "responses_truncated": 16, "dropped_overlong": 0})
+        'unseen: 50 of 4358 rows (1467 are empty, 16 of the answers cut to length)'
+    """
+    words = {
+        "dropped_empty": "are empty",
+        "dropped_overlong": "of those drawn left out as too long",
+        "prompts_truncated": "of the prompts cut to length",
+        "responses_truncated": "of the answers cut to length",
+    }
+    told = ", ".join(f"{counts[key]} {text}" for key, text in words.items() if counts.get(key))
+    return f"{name}: {kept} of {available} rows{f' ({told})' if told else ''}"
+
+
 class _Asked(NamedTuple):
     """What is given, and the answers to it that are measured.
 

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from textwrap import shorten
@@ -12,12 +12,15 @@ import torch
 
 from rlhf_lightning.earlier import set_aside
 from rlhf_lightning.errors import UserError, did_you_mean
+from rlhf_lightning.evaluation.answer_sets import LikelihoodSet, PairSet
 from rlhf_lightning.evaluation.curves import Plot, read_curves, training_seconds
 from rlhf_lightning.evaluation.formatting import text_table, without_home
 from rlhf_lightning.evaluation.generations import Bench, Generations
+from rlhf_lightning.evaluation.given_answers import GivenAnswers
 from rlhf_lightning.evaluation.judges import Judges
 from rlhf_lightning.evaluation.prompts import PromptSet, encode_prompts, read_prompts
 from rlhf_lightning.evaluation.report import render
+from rlhf_lightning.evaluation.sections import Measurement
 from rlhf_lightning.evaluation.summary import Comparison, summarize
 from rlhf_lightning.models.loading import (
     context_length,
@@ -52,6 +55,8 @@ def compare(
     chat: bool = True,
     text_words: int | None = None,
     curves: dict[str, str] | None = None,
+    likelihood: dict[str, LikelihoodSet] | None = None,
+    pairs: dict[str, PairSet] | None = None,
     batch_size: int = 64,
     seed: int = 0,
     device: str = "auto",
@@ -88,7 +93,11 @@ def compare(
         text_words: Take this many words of a row of plain ``text`` as its prompt; ``null`` refuses such rows.
         curves: Path of the ``metrics.jsonl`` of a training run, by the name that the report calls it; under the name
             of a model it also tells how long that was trained.
-        batch_size: Prompts answered together; changes the speed and the memory, not the answers.
+        likelihood: Data sets by name, on whose answers the mean log-probability of each model is measured, such as
+            ``{train: {source: pairs.jsonl}, unseen: {source: dolly.jsonl}}``.
+        pairs: Data sets of preference pairs by name, on which models and reward are judged, such as
+            ``{held_out: {source: pairs.jsonl}}``.
+        batch_size: Prompts or given answers in one forward pass; changes the speed and the memory, not the answers.
         seed: Fixes which prompts are asked and shown, all draws and the intervals.
         device: ``cpu``, ``cuda``, ``cuda:1``, ...; ``auto`` takes a GPU where there is one.
 
@@ -108,9 +117,12 @@ def compare(
     tokenizer, prompt_ids = _shared_tokens(models, base_name, prompt_set, max_prompt_length, chat=chat)
     _check_context(models, prompt_ids, sampling)
     stop_ids = resolve_stop_ids(tokenizer, sampling.stop_tokens)
+    given = GivenAnswers.read(likelihood or {}, pairs or {}, tokenizer, seed=seed)
+    given.refuse_too_long({name: context_length(load_config(path)) for name, path in models.items()})
     judges.setup(tokenizer, torch_device)
+    measures = given.measures({} if reward is None else {reward.name: reward}, base_name, torch_device, batch_size)
     bench = Bench(prompt_set, prompt_ids, tokenizer, stop_ids, sampling, judges, torch_device, seed, batch_size)
-    answers = _answer_all(bench, models, base_name)
+    answers = _answer_all(bench, models, base_name, measures)
     of_base = next(answer for answer in answers if answer.name == base_name)
     comparison = Comparison(
         base=base_name,
@@ -122,18 +134,23 @@ def compare(
         seed=seed,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         training_s=training_seconds(curves or {}),
+        sections=[section for measure in measures for section in measure.sections(list(models))],
     )
     return _write(comparison, plots, curves or {}, Path(output))
 
 
-def _answer_all(bench: Bench, models: Mapping[str, str], base_name: str) -> list[Generations]:
-    """Let each model answer, each loaded once and only the base kept."""
+def _answer_all(
+    bench: Bench, models: Mapping[str, str], base_name: str, measures: Sequence[Measurement]
+) -> list[Generations]:
+    """Let each model answer, and measure it, each loaded once and only the base kept."""
     base = _load(models[base_name], bench.device)
     answers = {}
     for name, path in models.items():
         model = base if name == base_name else _load(path, bench.device)
         logger.info("%s answers %d prompts", name, len(bench.prompt_ids))
         answers[name] = bench.answer(name, without_home(path), model, base)
+        for measure in measures:
+            measure.take(name, model)
     return list(answers.values())
 
 

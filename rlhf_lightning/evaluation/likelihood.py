@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.evaluation.answer_sets import EncodedAnswers, LikelihoodSet, read_answers
+from rlhf_lightning.evaluation.answer_sets import EncodedAnswers, LikelihoodSet, counted, read_answers
 from rlhf_lightning.evaluation.formatting import TableRow
 from rlhf_lightning.evaluation.generations import sequence_logprobs
 from rlhf_lightning.evaluation.plots import Distribution
@@ -184,7 +184,7 @@ class Likelihoods:
         note = (
             "How likely each model finds given answers, teacher-forced at temperature 1, the stop token included. The "
             "answer mean gives every answer the same weight, the token mean every token; intervals are by bootstrap "
-            "over answers."
+            f"over answers. {self._counted()}."
         )
         return [
             Section(
@@ -197,6 +197,10 @@ class Likelihoods:
                 data={key: self._data(key, summaries[key]) for key in self.wanted},
             )
         ]
+
+    def _counted(self) -> str:
+        sets = self.answers.items()
+        return "; ".join(counted(key, len(of.sequences.lengths), of.available, of.counts) for key, of in sets)
 
     def _summaries(self, key: str, names: list[str]) -> dict[str, LikelihoodSummary]:
         found = self.found[key]

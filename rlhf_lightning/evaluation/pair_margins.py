@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.evaluation.answer_sets import EncodedPairs, PairSet, read_pairs
+from rlhf_lightning.evaluation.answer_sets import EncodedPairs, PairSet, counted, read_pairs
 from rlhf_lightning.evaluation.formatting import Kind, TableRow
 from rlhf_lightning.evaluation.generations import sequence_logprobs
 from rlhf_lightning.evaluation.plots import Distribution
@@ -120,6 +120,11 @@ def answer_lengths(pairs: EncodedPairs) -> Sides:
     return Sides(pairs.chosen.response_lengths, pairs.rejected.response_lengths)
 
 
+def counted_pairs(sets: Mapping[str, EncodedPairs]) -> str:
+    """Return in words how many pairs of each set are measured."""
+    return "; ".join(counted(key, len(of.prompts), of.available, of.counts) for key, of in sets.items())
+
+
 def summarize_pairs(own: Sides, lengths: Sides, reference: Sides | None = None, *, seed: int = 0) -> PairSummary:
     """Turn log-probabilities of pairs into margins and accuracies with intervals.
 
@@ -220,7 +225,7 @@ class PairMargins:
         summaries = {key: self._summaries(key, names) for key in self.pairs}
         note = (
             f"Which side of a preference pair each model favours: by its implicit reward, log π - log π_{self.base} "
-            "(β is 1), and by log-probability alone. A tie counts half."
+            f"(β is 1), and by log-probability alone. A tie counts half. {counted_pairs(self.pairs)}."
         )
         return [
             Section(

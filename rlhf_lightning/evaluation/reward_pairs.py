@@ -11,7 +11,7 @@ from rlhf_lightning.evaluation.answer_sets import EncodedPairs, PairSet, read_pa
 from rlhf_lightning.evaluation.calibration import Calibration, calibrate
 from rlhf_lightning.evaluation.formatting import Kind, TableRow
 from rlhf_lightning.evaluation.judges import Judges
-from rlhf_lightning.evaluation.pair_margins import MarginSummary, Sides, answer_lengths
+from rlhf_lightning.evaluation.pair_margins import MarginSummary, Sides, answer_lengths, counted_pairs
 from rlhf_lightning.evaluation.plots import COLORS, Distribution, Series, line_chart
 from rlhf_lightning.evaluation.sections import NARROW, WIDE, Figure, Section, distribution_figure
 from rlhf_lightning.evaluation.statistics import Interval, correlation, share_interval, win_rate
@@ -214,7 +214,8 @@ class RewardsOnPairs:
         found = {key: self._summaries(key, sides) for key, sides in scores.items()}
         note = (
             "Whether a reward scores the chosen side of a pair higher, and whether the sigmoid of its margin is the "
-            "share that it gets right. A tie counts half; lengths are in tokens of the policy."
+            "share that it gets right. A tie counts half; lengths are in tokens of the policy. "
+            f"{counted_pairs(self.pairs)}."
         )
         return [
             Section(

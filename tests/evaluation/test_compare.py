@@ -9,14 +9,17 @@ import yaml
 from rlhf_lightning.__main__ import main
 from rlhf_lightning.data.chat import ConversationEncoder
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.evaluation.answer_sets import LikelihoodSet, PairSet
 from rlhf_lightning.evaluation.compare import compare
 from rlhf_lightning.evaluation.generations import sample_responses
+from rlhf_lightning.evaluation.likelihood import evaluate_likelihood
 from rlhf_lightning.models.export import write_model_folder
 from rlhf_lightning.models.loading import load_causal_lm, load_sequence_classifier, load_tokenizer
 from rlhf_lightning.rollout.reward_sources import FunctionReward, RewardModel
 from rlhf_lightning.rollout.sampler import SamplingConfig
 
 SAMPLING = SamplingConfig(max_new_tokens=8)
+LONG = "LONG"  # the file of an answer that is too long
 
 
 def words(prompts: list[Any], responses: list[str]) -> list[float]:
@@ -102,6 +105,52 @@ def test_a_pretrained_model_of_plain_text(shared_data: Path, tmp_path: Path) -> 
     assert not any("<s>" in row["response"] for row in samples)
 
 
+def test_given_answers_and_pairs(tiny_models: dict[str, str], tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"limit": 9, "max_length": 128, "max_prompt_length": 64}
+    eval_pairs = "builtin:demo/eval"
+    result = run(
+        {**tiny_models, "same": tiny_models["base"]},
+        tmp_path,
+        limit=2,
+        reward=FunctionReward(f"{__file__}:words"),
+        likelihood={
+            "chosen": LikelihoodSet(eval_pairs, **sizes),
+            "rejected": LikelihoodSet(eval_pairs, answer="rejected", **sizes),
+        },
+        pairs={"held_out": PairSet(eval_pairs, **sizes)},
+    )
+    sections = read(result)[0]["sections"]
+    assert list(sections) == ["likelihood", "pairs", "reward_models"]
+    assert sections["likelihood"]["columns"] == ["base", "other", "same"]
+    assert sections["reward_models"]["columns"] == ["words"]
+    data = sections["likelihood"]["data"]
+    models = {name: load_causal_lm(folder).eval() for name, folder in tiny_models.items()}
+    tokenizer = load_tokenizer(tiny_models["base"])
+    alone = evaluate_likelihood(models["other"], tokenizer, {"x": LikelihoodSet(eval_pairs, **sizes)})["x"]
+    assert data["chosen"]["models"]["other"]["per_answer"]["mean"] == pytest.approx(alone.per_answer.mean, rel=1e-5)
+    assert data["chosen"]["models"]["same"]["difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert data["chosen"]["models"]["base"]["difference"] is None
+    assert data["chosen"]["answers"] == data["rejected"]["answers"] == 9
+    # The plain margins are those of the two likelihoods, whose rows are the same ones.
+    pairs = sections["pairs"]["data"]["held_out"]["models"]
+    means = [data[side]["models"]["other"]["per_answer"]["mean"] for side in ("chosen", "rejected")]
+    assert pairs["other"]["logprob_per_token"]["margin"]["mean"] == pytest.approx(means[0] - means[1], rel=1e-4)
+    assert pairs["same"]["reward"]["accuracy"]["mean"] == 0.5
+    assert pairs["base"]["reward"] is None
+    cells = {row["label"]: row["cells"] for row in sections["pairs"]["rows"]}
+    assert cells["held_out: accuracy"] == [
+        None,
+        pairs["other"]["reward"]["accuracy"],
+        pairs["same"]["reward"]["accuracy"],
+    ]
+    reward = sections["reward_models"]["data"]["held_out"]["rewards"]["words"]
+    assert (
+        sum(part["pairs"] for key, part in reward["length"].items() if key in ("chosen_longer", "chosen_shorter")) <= 9
+    )
+    assert reward["calibration"]["bins"]
+    assert "chosen: 9 of 480 rows" in sections["likelihood"]["note"]
+
+
 def test_the_command_line(tiny_models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {
         "models": tiny_models,
@@ -110,6 +159,10 @@ def test_the_command_line(tiny_models: dict[str, str], tmp_path: Path, capsys: p
         "sampling": {"max_new_tokens": 4},
         "limit": 3,
         "reward": {"class_path": "FunctionReward", "init_args": {"function": f"{__file__}:words"}},
+        "likelihood": {
+            "train": {"source": "builtin:demo/train", "limit": 2, "max_length": 128, "max_prompt_length": 64}
+        },
+        "pairs": {"train": {"source": "builtin:demo/train", "limit": 2, "max_length": 128, "max_prompt_length": 64}},
     }
     path = tmp_path / "compare.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -119,6 +172,7 @@ def test_the_command_line(tiny_models: dict[str, str], tmp_path: Path, capsys: p
     assert str(tmp_path / "out" / "report.html") in printed
     assert not (tmp_path / "elsewhere").exists()
     first = (tmp_path / "out" / "report.json").read_text()
+    assert json.loads(first)["sections"]["pairs"]["data"]["train"]["pairs"] == 2
     assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out"), "--limit=2"]) == 0
     assert (tmp_path / "out" / "earlier-1" / "report.json").read_text() == first
     assert (tmp_path / "out" / "report.json").read_text() != first
@@ -144,13 +198,26 @@ def test_the_command_line(tiny_models: dict[str, str], tmp_path: Path, capsys: p
         ({"sampling": SamplingConfig(stop_tokens=["<|im_ed|>"])}, "stop token '<|im_ed|>' is not in"),
         ({"output": "FILE"}, "is a file; give a folder"),
         ({"reward": object()}, "reward is a object, which has no score"),
+        ({"likelihood": {"x": LikelihoodSet("none.jsonl")}}, "likelihood.x: data file 'none.jsonl' does not exist"),
+        (
+            {"pairs": {"x": PairSet("builtin:demo/prompts")}},
+            "pairs.x: 'builtin:demo/prompts' row 1: no column 'chosen'",
+        ),
+        ({"pairs": {"x": PairSet(LONG, max_length=300)}}, "pairs.x has sequences of 300 tokens, but models.base reads"),
     ],
 )
 def test_mistakes_end_in_one_line(
-    tiny_models: dict[str, str], tmp_path: Path, change: dict[str, Any], message: str
+    tiny_models: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    message: str,
 ) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "file").write_text("")
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b " * 600, "rejected": "c"}))
+    for wanted in change.get("pairs", {}).values():
+        monkeypatch.setattr(wanted, "source", wanted.source.replace(LONG, str(tmp_path / "long.jsonl")))
     stands_for = {"EMPTY": str(tmp_path / "empty.jsonl"), "FILE": str(tmp_path / "file")}
     settings: dict[str, Any] = {
         "models": tiny_models,
