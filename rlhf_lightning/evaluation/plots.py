@@ -151,11 +151,11 @@ def line_chart(
     x = Scale(low_x, high_x if high_x > low_x else low_x + 1, _MARGIN_LEFT, width - _MARGIN_RIGHT)
     y = Scale(y_ticks[0], y_ticks[-1], height - _AXIS_HEIGHT, top)
     x_ticks = [tick for tick in nice_ticks(x.low, x.high, max(2, width // 80)) if x.low <= tick <= x.high]
-    parts = [_y_axis(y, y_ticks, x), _x_axis(x, x_ticks, height - _AXIS_HEIGHT, x_label)]
+    parts = [y_axis(y, y_ticks, x), x_axis(x, x_ticks, height - _AXIS_HEIGHT, x_label)]
     parts += [_line(line, x, y) for line in series]
     if len(series) > 1:
         parts.append(_legend(series))
-    return _svg(width, height, title, parts)
+    return svg(width, height, title, parts)
 
 
 def interval_strip(intervals: Sequence[tuple[Interval, int]], *, title: str, width: int = 260) -> str:
@@ -176,7 +176,7 @@ def interval_strip(intervals: Sequence[tuple[Interval, int]], *, title: str, wid
             f'<path class="whisker" d="M{x(interval.low):.1f} {middle}H{x(interval.high):.1f}"/>'
             f'<circle class="dot" cx="{x(interval.mean):.1f}" cy="{middle}" r="4"/></g>'
         )
-    return _svg(width, 2 + 14 * len(intervals), title, parts)
+    return svg(width, 2 + 14 * len(intervals), title, parts)
 
 
 def histograms(
@@ -208,8 +208,8 @@ def histograms(
         parts.append(_histogram_row(row, share, ghost, edges, x, y, y_ticks))
     bottom = len(rows) * row_height
     ticks = [tick for tick in nice_ticks(edges[0], edges[-1], max(3, width // 110)) if edges[0] <= tick <= edges[-1]]
-    parts.append(_x_axis(x, ticks, bottom - 6, x_label))
-    return _svg(width, bottom + _AXIS_HEIGHT - 6, title, parts)
+    parts.append(x_axis(x, ticks, bottom - 6, x_label))
+    return svg(width, bottom + _AXIS_HEIGHT - 6, title, parts)
 
 
 def _histogram_row(
@@ -222,7 +222,7 @@ def _histogram_row(
     y_ticks: list[float],
 ) -> str:
     path = _steps(shares, edges, x, y)
-    parts = [_y_axis(y, y_ticks, x, percent=True)]
+    parts = [y_axis(y, y_ticks, x, percent=True)]
     parts.append(f'<path class="area" d="{path}Z"/><path class="line" d="{path}"/>')
     if ghost is not None:
         parts.append(f'<path class="ghost" d="{_steps(ghost, edges, x, y)}"/>')
@@ -327,14 +327,14 @@ def _shade(line: Series) -> list[tuple[float, float]]:
     return [(value - s, value + s) for value, s in zip(line.ys, spread, strict=True)]
 
 
-def _x_axis(x: Scale, ticks: Sequence[float], base: float, label: str) -> str:
+def x_axis(x: Scale, ticks: Sequence[float], base: float, label: str, *, texts: Sequence[str] | None = None) -> str:
+    """Return an x axis at the height ``base``; ``texts`` are the words of its ticks, ``None`` writes their numbers."""
+    texts = [tick_text(tick, ticks) for tick in ticks] if texts is None else texts
     parts = [f'<line class="axis" x1="{x.start}" x2="{x.end}" y1="{base:.1f}" y2="{base:.1f}"/>']
-    for tick in ticks:
+    for tick, text in zip(ticks, texts, strict=True):
         place = f"{x(tick):.1f}"
         parts.append(f'<line class="axis" x1="{place}" x2="{place}" y1="{base:.1f}" y2="{base + 4:.1f}"/>')
-        parts.append(
-            f'<text class="tick" x="{place}" y="{base + 16:.1f}" text-anchor="middle">{tick_text(tick, ticks)}</text>'
-        )
+        parts.append(f'<text class="tick" x="{place}" y="{base + 16:.1f}" text-anchor="middle">{text}</text>')
     middle = (x.start + x.end) / 2
     parts.append(
         f'<text class="label" x="{middle:.1f}" y="{base + 32:.1f}" text-anchor="middle">{html.escape(label)}</text>'
@@ -342,7 +342,8 @@ def _x_axis(x: Scale, ticks: Sequence[float], base: float, label: str) -> str:
     return "".join(parts)
 
 
-def _y_axis(y: Scale, ticks: Sequence[float], x: Scale, *, percent: bool = False) -> str:
+def y_axis(y: Scale, ticks: Sequence[float], x: Scale, *, percent: bool = False) -> str:
+    """Return the rules across a plot at the heights of the ticks, with their numbers on the left."""
     parts = []
     for tick in ticks:
         place = f"{y(tick):.1f}"
@@ -363,7 +364,8 @@ def _legend(series: Sequence[Series]) -> str:
     return "".join(parts)
 
 
-def _svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
+def svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
+    """Return a drawing of some parts; ``title`` is read out by screen readers."""
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}" '
         f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
