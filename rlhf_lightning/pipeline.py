@@ -98,6 +98,7 @@ def _check_all(stages: list[Stage], run_dir: Path) -> None:
 def _check_inputs(inputs: dict[str, Any], written: list[Path]) -> None:
     """Refuse data and models that do not exist and that no stage before is going to write into its folder."""
     from rlhf_lightning.data.readers import check_source
+    from rlhf_lightning.evaluation.named_models import named_models
     from rlhf_lightning.models.loading import resolve_model
 
     named = inputs | {f"models.{name}": path for name, path in (inputs.get("models") or {}).items()}
@@ -106,8 +107,10 @@ def _check_inputs(inputs: dict[str, Any], written: list[Path]) -> None:
             continue
         if key in _DATA_KEYS:
             check_source(value)
-        elif key in _MODEL_KEYS or key.startswith("models."):
+        elif key in _MODEL_KEYS:
             resolve_model(value)
+        elif key.startswith("models."):
+            named_models({key.removeprefix("models."): value})
 
 
 def _settle(stage: Stage, run_dir: Path, fingerprint: str, before: str | None, label: str) -> StageState:

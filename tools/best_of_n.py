@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.data.chat import ConversationEncoder
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.evaluation.best_of_n import best_of_groups, best_of_n_kl, best_of_n_weights
 from rlhf_lightning.evaluation.generations import sample_responses, sequence_logprobs
 from rlhf_lightning.evaluation.prompts import encode_prompts, read_prompts
 from rlhf_lightning.evaluation.statistics import bootstrap_mean, distinct_n
@@ -113,54 +113,6 @@ def own_distinct_2(text: str) -> float:
     """
     share = distinct_n([text], 2)
     return 1.0 if math.isnan(share) else share
-
-
-def best_of_n_weights(scores: Tensor, n: int) -> Tensor:
-    """Return how likely each response is to be the best of ``n`` drawn from its prompt's without replacement.
-
-    The i-th smallest of m is the largest of n in C(i - 1, n - 1) of C(m, n) subsets.
-
-    Args:
-        scores: Shape (prompts, m).
-        n: At most m.
-
-    Returns:
-        Shape (prompts, m); each row sums to 1.
-
-    Example:
-        >>> best_of_n_weights(torch.tensor([[3.0, 1.0, 2.0]]), 2)
-        tensor([[0.6667, 0.0000, 0.3333]], dtype=torch.float64)
-    """
-    m = scores.shape[1]
-    if n > m:
-        raise UserError(f"best-of-{n} needs at least {n} responses to each prompt, but there are {m}.")
-    by_rank = torch.tensor([math.comb(rank, n - 1) / math.comb(m, n) for rank in range(m)], dtype=torch.float64)
-    return by_rank[scores.argsort(dim=1, stable=True).argsort(dim=1, stable=True)]
-
-
-def best_of_groups(scores: Tensor, n: int, *, most: int) -> list[int]:
-    """Return the row numbers of the best of each ``n`` responses to a prompt; of ``most`` groups, or none if too few.
-
-    Example:
-        >>> best_of_groups(torch.tensor([[3.0, 1.0, 0.0, 2.0], [0.0, 1.0, 3.0, 2.0]]), 2, most=2)
-        [0, 3, 5, 6]
-    """
-    prompts, m = scores.shape
-    if m // n < most:
-        return []  # fewer texts have more different word pairs: not to be compared
-    best = scores[:, : most * n].reshape(prompts, most, n).argmax(dim=2)
-    starts = torch.arange(prompts)[:, None] * m + torch.arange(most) * n
-    return (starts + best).flatten().tolist()
-
-
-def best_of_n_kl(n: int) -> float:
-    """Return the nats that best-of-n moves away from the base, at most: log n - (n - 1) / n.
-
-    Example:
-        >>> round(best_of_n_kl(4), 3)
-        0.636
-    """
-    return math.log(n) - (n - 1) / n
 
 
 def summary(by_prompt: dict[str, Tensor], texts: list[str], kl_coef: float) -> dict[str, Any]:

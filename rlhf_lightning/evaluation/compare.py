@@ -11,27 +11,30 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlhf_lightning.earlier import set_aside
-from rlhf_lightning.errors import UserError, did_you_mean
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.answer_sets import LikelihoodSet, PairSet
+from rlhf_lightning.evaluation.best_of_n import check_best_of
+from rlhf_lightning.evaluation.cache import ResultCache
 from rlhf_lightning.evaluation.curves import Plot, read_curves, training_seconds
 from rlhf_lightning.evaluation.formatting import text_table, without_home
-from rlhf_lightning.evaluation.generations import Bench, Generations
+from rlhf_lightning.evaluation.generations import Bench
 from rlhf_lightning.evaluation.given_answers import GivenAnswers
 from rlhf_lightning.evaluation.judges import Judges
-from rlhf_lightning.evaluation.prompts import PromptSet, encode_prompts, read_prompts
-from rlhf_lightning.evaluation.report import render
-from rlhf_lightning.evaluation.sections import Measurement
-from rlhf_lightning.evaluation.summary import Comparison, summarize
-from rlhf_lightning.models.loading import (
-    context_length,
-    foreign_token,
-    load_causal_lm,
-    load_config,
-    load_tokenizer,
-    refuse_other_than_causal_lm,
-    resolve_model,
+from rlhf_lightning.evaluation.named_models import (
+    NamedModel,
+    checked_base,
+    named_models,
+    refuse_other_vocabularies,
+    refuse_short_contexts,
 )
-from rlhf_lightning.rollout.reward_sources import RewardSource
+from rlhf_lightning.evaluation.prompts import encode_prompts, read_prompts
+from rlhf_lightning.evaluation.questions import Question, Questions, checked_questions
+from rlhf_lightning.evaluation.report import render
+from rlhf_lightning.evaluation.sampled import SampledAnswers
+from rlhf_lightning.evaluation.sections import Measurement
+from rlhf_lightning.evaluation.summary import Comparison
+from rlhf_lightning.models.loading import context_length
+from rlhf_lightning.rollout.reward_sources import Prompt, RewardSource
 from rlhf_lightning.rollout.sampler import SamplingConfig, resolve_stop_ids
 
 if TYPE_CHECKING:
@@ -57,9 +60,14 @@ def compare(
     curves: dict[str, str] | None = None,
     likelihood: dict[str, LikelihoodSet] | None = None,
     pairs: dict[str, PairSet] | None = None,
+    judges: dict[str, RewardSource] | None = None,
+    best_of: list[int] | None = None,
+    best_of_samples: int = 64,
+    questions: list[str] | None = None,
     batch_size: int = 64,
     seed: int = 0,
     device: str = "auto",
+    cache: str | None = "auto",
 ) -> dict[str, str]:
     """Let models answer the same prompts, and write a report of how they differ from a base.
 
@@ -67,19 +75,21 @@ def compare(
     has the keys ``format`` ("rlhf_lightning.comparison/1"), ``created`` (UTC), ``base``, ``seed``, ``prompts``
     (``source``, ``count`` asked, ``available``), ``sampling`` (the arguments of SamplingConfig), ``reward`` (name or
     null), ``training_s`` (seconds by name, of the models whose curves were given under their name), ``curves`` (the
-    argument), ``sections`` (what else was asked for, each with ``title``, ``note``, ``columns``, ``rows`` and ``data``)
-    and ``models``, a list with the fields of
-    :class:`~rlhf_lightning.evaluation.summary.ModelSummary`: ``name``, ``path``, ``score``, ``score_std``,
-    ``score_quantiles``, ``score_parts``, ``score_difference``, ``win_rate``, ``metrics``, ``kl``, ``kl_per_token``,
-    ``length``, ``finished``, ``distinct_2``. What has an interval is ``{"mean", "low", "high"}``; what does not apply
-    is null. ``samples.jsonl`` has a line for each prompt and model: ``row``, ``model``, ``prompt``, ``response``,
-    ``score``, ``kl``, ``length``, ``finished`` and each text metric.
+    argument), ``sections`` (what else was asked for, each with ``title``, ``note``, ``columns``, ``rows``, ``data``),
+    ``questions`` (each with ``prompt``, and in ``greedy`` and ``sampled`` an answer by model) and ``models``, a list
+    with the fields of :class:`~rlhf_lightning.evaluation.summary.ModelSummary`: ``name``, ``path``, ``score``,
+    ``score_std``, ``score_quantiles``, ``score_parts``, ``score_difference``, ``win_rate``, ``metrics``, ``kl``,
+    ``kl_per_token``, ``length``, ``finished``, ``distinct_2``. What has an interval is ``{"mean", "low", "high"}``;
+    what does not apply is null. ``samples.jsonl`` has a line for each prompt and model: ``row``, ``model``, ``prompt``,
+    ``response``, ``score``, ``kl``, ``length``, ``finished``, each text metric, and, where there are further judges,
+    ``judges`` (a score by judge).
 
     Reports are handed on: a path in the user's home folder is written with ``~``.
 
     Args:
-        models: Hugging Face folder or hub name of each model, by the name that the report calls it. They must share one
-            tokenizer and chat template.
+        models: Hugging Face folder, hub name or ``.ckpt`` file of each model, by the name that the report calls it. A
+            pattern such as ``runs/ppo/checkpoints/*.ckpt`` stands for a model of each step that it matches, called
+            ``<name> step <n>``. They must share one tokenizer and chat template.
         prompts: Data source of the prompts: a file, a hub name or ``builtin:demo/eval_prompts``.
         output: Folder to write into.
         reward: What scores the answers: RewardModel, FunctionReward, WeightedSum or your own.
@@ -97,9 +107,17 @@ def compare(
             ``{train: {source: pairs.jsonl}, unseen: {source: dolly.jsonl}}``.
         pairs: Data sets of preference pairs by name, on which models and reward are judged, such as
             ``{held_out: {source: pairs.jsonl}}``.
+        judges: Further reward sources by name, which were not used in training; each scores the same answers.
+        best_of: Numbers n for which to measure best-of-n sampling from the base, such as ``[4, 16]``; needs a reward.
+        best_of_samples: Answers of the base to each prompt from which best-of-n is computed, over all subsets of n;
+            more give narrower intervals and take longer. Counts with ``best_of`` only.
+        questions: Prompts of your own that each model answers, once greedily and once sampled, side by side.
         batch_size: Prompts or given answers in one forward pass; changes the speed and the memory, not the answers.
         seed: Fixes which prompts are asked and shown, all draws and the intervals.
         device: ``cpu``, ``cuda``, ``cuda:1``, ...; ``auto`` takes a GPU where there is one.
+        cache: Folder in which answers, log-probabilities and scores are kept by the content of all that they follow
+            from, so that a comparison with one model more computes that one alone; ``auto`` is ``cache`` in
+            ``output``, ``null`` keeps nothing. It may be deleted at any time.
 
     Returns:
         ``table`` (text to print), and the paths ``report``, ``json`` and ``samples``.
@@ -108,57 +126,67 @@ def compare(
         UserError: If a model, the prompts, a reward, a metric, a curve or a number is not what it should be.
     """
     _check_numbers({"limit": limit, "max_prompt_length": max_prompt_length, "batch_size": batch_size})
-    base_name = _checked_base(models, base)
+    check_best_of(best_of or [], best_of_samples, has_reward=reward is not None, temperature=sampling.temperature)
+    candidates = named_models(models)
+    base_name = checked_base(candidates, base)
     _check_output(Path(output))
     torch_device = _checked_device(device)
-    judges = Judges.build(reward, _checked_metrics(text_metrics))
+    results = ResultCache(Path(output) / "cache" if cache == "auto" else Path(cache) if cache else None)
+    everyone = Judges.build(reward, _checked_metrics(text_metrics), judges, results)
     plots = read_curves(curves or {})
     prompt_set = read_prompts(prompts, limit=limit, seed=seed, chat=chat, text_words=text_words)
-    tokenizer, prompt_ids = _shared_tokens(models, base_name, prompt_set, max_prompt_length, chat=chat)
-    _check_context(models, prompt_ids, sampling)
+    texts = [*prompt_set.prompts, *checked_questions(questions)]
+    tokenizer, ids = _shared_tokens(candidates, base_name, texts, max_prompt_length, chat=chat)
+    refuse_short_contexts(candidates, max(map(len, ids)), sampling)
     stop_ids = resolve_stop_ids(tokenizer, sampling.stop_tokens)
     given = GivenAnswers.read(likelihood or {}, pairs or {}, tokenizer, seed=seed)
-    given.refuse_too_long({name: context_length(load_config(path)) for name, path in models.items()})
-    judges.setup(tokenizer, torch_device)
-    measures = given.measures({} if reward is None else {reward.name: reward}, base_name, torch_device, batch_size)
-    bench = Bench(prompt_set, prompt_ids, tokenizer, stop_ids, sampling, judges, torch_device, seed, batch_size)
-    answers = _answer_all(bench, models, base_name, measures)
-    of_base = next(answer for answer in answers if answer.name == base_name)
+    given.refuse_too_long({model.name: context_length(model.config) for model in candidates})
+    everyone.setup(tokenizer, torch_device)
+    count = len(prompt_set.prompts)
+    asked = Questions([Question(text) for text in questions or []], ids[count:])
+    bench = Bench(
+        prompt_set, ids[:count], tokenizer, stop_ids, sampling, everyone, torch_device, seed, batch_size, results
+    )
+    base_model = _of_name(candidates, base_name).load(torch_device)
+    sampled = SampledAnswers(
+        bench,
+        candidates,
+        base=base_name,
+        base_model=base_model,
+        questions=asked,
+        best_of=best_of or [],
+        samples=best_of_samples,
+    )
+    measures = [sampled, *given.measures(everyone.rewards, base_name, torch_device, batch_size)]
+    _measure_all(candidates, base_name, base_model, measures)
+    names = [candidate.name for candidate in candidates]
+    sections = [section for measure in measures for section in measure.sections(names)]
+    results.log()
     comparison = Comparison(
         base=base_name,
         prompts=prompt_set._replace(source=without_home(prompt_set.source)),
-        answers=answers,
-        models=[summarize(answer, of_base, seed=seed) for answer in answers],
+        answers=[sampled.answers[name] for name in names],
+        models=sampled.summaries(),
         sampling=sampling,
         reward=None if reward is None else reward.name,
         seed=seed,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         training_s=training_seconds(curves or {}),
-        sections=[section for measure in measures for section in measure.sections(list(models))],
+        sections=sections,
+        questions=asked.asked,
     )
     return _write(comparison, plots, curves or {}, Path(output))
 
 
-def _answer_all(
-    bench: Bench, models: Mapping[str, str], base_name: str, measures: Sequence[Measurement]
-) -> list[Generations]:
-    """Let each model answer, and measure it, each loaded once and only the base kept."""
-    base = _load(models[base_name], bench.device)
-    answers = {}
-    for name, path in models.items():
-        model = base if name == base_name else _load(path, bench.device)
-        logger.info("%s answers %d prompts", name, len(bench.prompt_ids))
-        answers[name] = bench.answer(name, without_home(path), model, base)
+def _measure_all(
+    candidates: Sequence[NamedModel], base_name: str, base: "PreTrainedModel", measures: Sequence[Measurement]
+) -> None:
+    """Measure each model, each loaded once and only the base kept."""
+    for candidate in candidates:
+        model = base if candidate.name == base_name else candidate.load(next(base.parameters()).device)
         for measure in measures:
-            measure.take(name, model)
-    return list(answers.values())
-
-
-def _load(path: str, device: torch.device) -> "PreTrainedModel":
-    model = load_causal_lm(path).eval().requires_grad_(False).to(device)
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
-        raise UserError(f"the weights of {path!r} hold numbers that are not finite; its training has diverged.")
-    return model
+            measure.take(candidate.name, model)
+        del model  # before the next one is loaded
 
 
 def _write(
@@ -184,55 +212,30 @@ def _write(
 
 
 def _shared_tokens(
-    models: Mapping[str, str], base: str, prompts: PromptSet, max_length: int, *, chat: bool
+    candidates: Sequence[NamedModel], base_name: str, prompts: Sequence[Prompt], max_length: int, *, chat: bool
 ) -> tuple["PreTrainedTokenizerBase", list[list[int]]]:
     """Return the base's tokenizer and the prompts in tokens, which must be the same for every model."""
     from rlhf_lightning.data.chat import ConversationEncoder
 
-    tokenizers = {name: load_tokenizer(path) for name, path in models.items()}
-    own = tokenizers[base]
-    for name, other in tokenizers.items():
-        _check_vocabulary(name, base, other, own)
-    prompt_ids = encode_prompts(ConversationEncoder(own, chat=chat), prompts.prompts, max_length)
-    for name, other in tokenizers.items():
-        encoder = ConversationEncoder(other, chat=chat)
-        if name != base and encode_prompts(encoder, prompts.prompts, max_length) != prompt_ids:
+    base = _of_name(candidates, base_name)
+    refuse_other_vocabularies(candidates, base)
+    prompt_ids = encode_prompts(ConversationEncoder(base.tokenizer, chat=chat), prompts, max_length)
+    for model in candidates:
+        encoder = ConversationEncoder(model.tokenizer, chat=chat)
+        if model is not base and encode_prompts(encoder, prompts, max_length) != prompt_ids:
             raise UserError(
-                f"models {base!r} and {name!r} turn the same prompts into different tokens; give both the same chat "
-                "template."
+                f"models {base_name!r} and {model.name!r} turn the same prompts into different tokens; give both the "
+                "same chat template."
             )
-    return own, prompt_ids
+    return base.tokenizer, prompt_ids
 
 
-def _check_vocabulary(name: str, base: str, other: "PreTrainedTokenizerBase", own: "PreTrainedTokenizerBase") -> None:
-    """Refuse a model to which a token of the base means something else; it may have further ones."""
-    strange = foreign_token(own, other)
-    if strange is not None:
-        raise UserError(
-            f"models {base!r} and {name!r} have different tokenizers (such as for {strange!r}); compare models of one "
-            "tokenizer, as their answers are compared token by token."
-        )
-
-
-def _checked_base(models: Mapping[str, str], base: str | None) -> str:
-    if not models:
-        raise UserError("models is empty; name at least one, such as --models.base FOLDER.")
-    for name, path in models.items():
-        if not Path(resolve_model(path)).is_dir():
-            continue
-        if not any(Path(resolve_model(path)).glob("*.safetensors*")):
-            raise UserError(f"models.{name}: the folder {path!r} has no weights (model.safetensors); train it first.")
-        refuse_other_than_causal_lm(load_config(path), path)
-    chosen = next(iter(models)) if base is None else base
-    if chosen not in models:
-        raise UserError(
-            f"base is {chosen!r}, which is none of the models {', '.join(models)}.{did_you_mean(chosen, models)}"
-        )
-    return chosen
+def _of_name(candidates: Sequence[NamedModel], name: str) -> NamedModel:
+    return next(candidate for candidate in candidates if candidate.name == name)
 
 
 def _checked_metrics(text_metrics: Mapping[str, str] | None) -> dict[str, str]:
-    taken = {"response", "score", "kl", "length", "finished", "row", "model", "prompt"}
+    taken = {"response", "score", "kl", "length", "finished", "row", "model", "prompt", "judges"}
     for name in text_metrics or {}:
         if name in taken:
             raise UserError(f"text_metrics: {name!r} is a name of the report's own; call it otherwise.")
@@ -248,17 +251,6 @@ def _check_numbers(numbers: Mapping[str, int | None]) -> None:
 def _check_output(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"output {str(output)!r} is a file; give a folder to write the report into.")
-
-
-def _check_context(models: Mapping[str, str], prompt_ids: list[list[int]], sampling: SamplingConfig) -> None:
-    longest = max(len(ids) for ids in prompt_ids)
-    for name, path in models.items():
-        reach = context_length(load_config(path))
-        if reach is not None and longest + sampling.max_new_tokens > reach:
-            raise UserError(
-                f"models.{name}: prompts of up to {longest} tokens and {sampling.max_new_tokens} new ones do not fit "
-                f"into its {reach} positions; lower max_prompt_length or sampling.max_new_tokens."
-            )
 
 
 def _checked_device(device: str) -> torch.device:

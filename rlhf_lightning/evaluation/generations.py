@@ -2,16 +2,21 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.data.token_cache import tokenizer_digest
+from rlhf_lightning.evaluation.cache import ResultCache, as_input
 from rlhf_lightning.evaluation.judges import Judgement, Judges
 from rlhf_lightning.evaluation.prompts import PromptSet
+from rlhf_lightning.functional.repetition import repeated_fraction
 from rlhf_lightning.functional.sequences import SequenceBatch, length_sorted, pad_sequences
 from rlhf_lightning.models.causal_lm import response_logprobs
+from rlhf_lightning.models.digests import tensors_digest
 from rlhf_lightning.rollout.collect import decode_responses
 from rlhf_lightning.rollout.decoding import CachedSampler
 from rlhf_lightning.rollout.reward_sources import ScoringBatch
@@ -38,6 +43,7 @@ class Generations:
         kl: Log-probability of the response by this model minus that by the base, nats, shape (rows,), float64. Its
             mean estimates the KL divergence to the base; a single one may be negative.
         judgement: Score and metrics of each response.
+        repetition: Share of each response's runs of four tokens that occurred in it before, shape (rows,), float32.
     """
 
     name: str
@@ -47,6 +53,7 @@ class Generations:
     finished: Tensor
     kl: Tensor
     judgement: Judgement
+    repetition: Tensor
 
     @property
     def scores(self) -> Tensor | None:
@@ -56,6 +63,7 @@ class Generations:
     def row(self, number: int) -> dict[str, Any]:
         """Return what is known of one response, as plain data."""
         further = self.judgement.score_parts | self.judgement.metrics
+        others = {name: float(values[number]) for name, values in self.judgement.others.items()}
         return {
             "response": self.responses[number],
             "score": None if self.scores is None else float(self.scores[number]),
@@ -63,6 +71,7 @@ class Generations:
             "length": int(self.lengths[number]),
             "finished": bool(self.finished[number]),
             **{name: float(values[number]) for name, values in further.items()},
+            **({"judges": others} if others else {}),
         }
 
 
@@ -168,6 +177,7 @@ class Bench:
         device: Where the models run.
         seed: Fixes all draws.
         batch_size: Prompts in one forward pass.
+        cache: Where answers and log-probabilities are kept.
     """
 
     prompts: PromptSet
@@ -179,6 +189,7 @@ class Bench:
     device: torch.device
     seed: int
     batch_size: int
+    cache: ResultCache = field(default_factory=lambda: ResultCache(None))
 
     def answer(self, name: str, path: str, model: "PreTrainedModel", base: "PreTrainedModel") -> Generations:
         """Let a model answer, and measure its answers.
@@ -189,28 +200,86 @@ class Bench:
             model: The model, on the bench's device.
             base: What the KL divergence is measured to; may be the model itself.
         """
-        sequences, finished = sample_responses(
-            model,
-            self.prompt_ids,
-            config=self.sampling,
-            stop_ids=self.stop_ids,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            stop_strings=resolve_stop_strings(self.tokenizer, self.sampling.stop_strings),
-        )
+        sequences, finished = self.sample(model, self.prompt_ids, self.sampling, self.seed)
         responses = decode_responses(self.tokenizer, sequences)
-        kl = self._log_ratio(model, base, sequences)
+        return Generations(
+            name=name,
+            path=path,
+            responses=responses,
+            lengths=sequences.response_lengths,
+            finished=finished,
+            kl=self._log_ratio(model, base, sequences),
+            judgement=self.judge(sequences, finished, responses),
+            repetition=repeated_fraction(sequences.response_tokens, sequences.response_mask),
+        )
+
+    def sample(
+        self, model: "PreTrainedModel", prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seed: int
+    ) -> tuple[SequenceBatch, Tensor]:
+        """Let a model answer prompts, or find what it answered before.
+
+        Args:
+            model: The model, on the bench's device.
+            prompt_ids: Token ids of each prompt.
+            sampling: What to sample.
+            seed: Fixes all draws.
+
+        Returns:
+            As :func:`sample_responses`.
+        """
+
+        def make() -> dict[str, Tensor]:
+            stop_strings = resolve_stop_strings(self.tokenizer, sampling.stop_strings)
+            sequences, finished = sample_responses(
+                model,
+                prompt_ids,
+                config=sampling,
+                stop_ids=self.stop_ids,
+                seed=seed,
+                batch_size=self.batch_size,
+                stop_strings=stop_strings,
+            )
+            return {**sequences._asdict(), "finished": finished}
+
+        def inputs() -> list[str]:
+            plain = as_input(prompt_ids, asdict(sampling), self.stop_ids, seed, self.device.type)
+            return [self.cache.model(model), self._tokenizer_digest, plain]
+
+        kept = self.cache.get("answers", inputs, make)
+        return SequenceBatch(*(kept[name] for name in SequenceBatch._fields)), kept["finished"]
+
+    def judge(self, sequences: SequenceBatch, finished: Tensor, responses: list[str], *, each: int = 1) -> Judgement:
+        """Measure answers to the bench's prompts.
+
+        Args:
+            sequences: Prompts and answers, ``each`` to a prompt, those of a prompt in sequence.
+            finished: True where the answer stopped by itself, shape (rows,), bool.
+            responses: The answers as text.
+            each: How many answers there are to each prompt.
+        """
         there = SequenceBatch(*(tensor.to(self.device) for tensor in sequences))
-        batch = ScoringBatch(there, finished.to(self.device), self.prompts.prompts, responses, self.prompts.rows)
-        judgement = self.judges.judge(batch)
-        return Generations(name, path, responses, sequences.response_lengths, finished, kl, judgement)
+        prompts = [prompt for prompt in self.prompts.prompts for _ in range(each)]
+        rows = [row for row in self.prompts.rows for _ in range(each)]
+        return self.judges.judge(ScoringBatch(there, finished.to(self.device), prompts, responses, rows))
+
+    @cached_property
+    def _tokenizer_digest(self) -> str:
+        return tokenizer_digest(self.tokenizer)
 
     def _log_ratio(self, model: "PreTrainedModel", base: "PreTrainedModel", sequences: SequenceBatch) -> Tensor:
         if model is base:
             return torch.zeros(len(self.prompt_ids), dtype=torch.float64)
+        return self._logprobs(model, sequences) - self._logprobs(base, sequences)
+
+    def _logprobs(self, model: "PreTrainedModel", sequences: SequenceBatch) -> Tensor:
         temperature = self.sampling.temperature or 1.0
-        own, others = (
-            sequence_logprobs(of, sequences, temperature=temperature, batch_size=self.batch_size)
-            for of in (model, base)
-        )
-        return own - others
+
+        def make() -> dict[str, Tensor]:
+            found = sequence_logprobs(model, sequences, temperature=temperature, batch_size=self.batch_size)
+            return {"logprobs": found}
+
+        def inputs() -> list[str]:
+            plain = as_input(temperature, self.device.type)
+            return [self.cache.model(model), tensors_digest(sequences._asdict()), plain]
+
+        return self.cache.get("logprobs", inputs, make)["logprobs"]

@@ -1,13 +1,17 @@
-"""What looks at answers: a reward source, and functions that return a further number for each."""
+"""What looks at answers: a reward source, others beside it, and functions that return a further number for each."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.rollout.reward_sources import FunctionReward, RewardSource, ScoringBatch
+from rlhf_lightning.evaluation.cache import ResultCache, as_input
+from rlhf_lightning.models.digests import tensors_digest
+from rlhf_lightning.rollout.reward_sources import FunctionReward, RewardSource, Scores, ScoringBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,11 +24,13 @@ class Judgement(NamedTuple):
         scores: By the reward source, shape (rows,), float32; ``None`` where there is none.
         score_parts: Each reward behind the score by name, shape (rows,); empty unless there are several.
         metrics: Further numbers by name, shape (rows,), float32.
+        others: Scores by the further reward sources, by name, shape (rows,), float32.
     """
 
     scores: Tensor | None
     score_parts: dict[str, Tensor]
     metrics: dict[str, Tensor]
+    others: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -34,35 +40,59 @@ class Judges:
     Attributes:
         reward: Gives the score; ``None`` where there is none.
         metrics: Give further numbers, by name.
+        others: Give scores of their own, by name: reward sources that were not used in training.
+        cache: Where scores are kept.
     """
 
     reward: RewardSource | None
     metrics: dict[str, RewardSource]
+    others: dict[str, RewardSource] = field(default_factory=dict)
+    cache: ResultCache = field(default_factory=lambda: ResultCache(None))
+    _digests: dict[RewardSource, str | None] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
-    def build(cls, reward: RewardSource | None, text_metrics: dict[str, str] | None) -> "Judges":
+    def build(
+        cls,
+        reward: RewardSource | None,
+        text_metrics: dict[str, str] | None,
+        others: dict[str, RewardSource] | None = None,
+        cache: ResultCache | None = None,
+    ) -> "Judges":
         """Load the functions of the text metrics.
 
         Args:
             reward: The reward source.
             text_metrics: Import path of a reward function by the name of the metric.
+            others: Further reward sources by the name that the report calls them.
+            cache: Where scores are kept; ``None`` keeps none.
 
         Raises:
-            UserError: If a function cannot be loaded, or the reward cannot score.
+            UserError: If a function cannot be loaded, or a reward cannot score.
         """
-        if reward is not None and not callable(getattr(reward, "score", None)):
-            raise UserError(
-                f"reward is a {type(reward).__name__}, which has no score(); give a RewardSource such as RewardModel, "
-                "FunctionReward or WeightedSum."
-            )
-        paths = (text_metrics or {}).items()
-        return cls(reward, {name: FunctionReward(function, name=name) for name, function in paths})
+        named = {"reward": reward} | {f"judges.{name}": judge for name, judge in (others or {}).items()}
+        for key, source in named.items():
+            if (source is not None or key != "reward") and not callable(getattr(source, "score", None)):
+                raise UserError(
+                    f"{key} is a {type(source).__name__}, which has no score(); give a RewardSource such as "
+                    "RewardModel, FunctionReward or WeightedSum."
+                )
+        if reward is not None and reward.name in (others or {}):
+            raise UserError(f"judges.{reward.name} is called like the reward; call it otherwise.")
+        metrics: dict[str, RewardSource] = {
+            name: FunctionReward(function, name=name) for name, function in (text_metrics or {}).items()
+        }
+        return cls(reward, metrics, others or {}, cache or ResultCache(None))
+
+    @property
+    def rewards(self) -> dict[str, RewardSource]:
+        """All reward sources by name: the reward by its own, and the further ones."""
+        return ({} if self.reward is None else {self.reward.name: self.reward}) | self.others
 
     def setup(self, tokenizer: "PreTrainedTokenizerBase", device: torch.device) -> None:
         """Load what scoring needs."""
-        if self.reward is not None:
-            self.reward.setup(tokenizer)
-            self.reward.eval().requires_grad_(False).to(device)
+        for source in self.rewards.values():
+            source.setup(tokenizer)
+            source.eval().requires_grad_(False).to(device)
 
     @torch.no_grad()
     def judge(self, batch: ScoringBatch) -> Judgement:
@@ -76,13 +106,40 @@ class Judges:
             name: _numbers(f"text metric {name!r}", metric.score(batch).total, count)
             for name, metric in self.metrics.items()
         }
+        others = {
+            name: _numbers(f"judge {name!r}", self._scores(judge, batch).total, count)
+            for name, judge in self.others.items()
+        }
         if self.reward is None:
-            return Judgement(None, {}, metrics)
+            return Judgement(None, {}, metrics, others)
         what = f"reward {self.reward.name!r}"
-        total, parts, _ = self.reward.score(batch)
+        total, parts, _ = self._scores(self.reward, batch)
         several = parts if len(parts) > 1 else {}
         score_parts = {name: _numbers(f"{what}, {name}", part, count) for name, part in several.items()}
-        return Judgement(_numbers(what, total, count), score_parts, metrics)
+        return Judgement(_numbers(what, total, count), score_parts, metrics, others)
+
+    def _scores(self, source: RewardSource, batch: ScoringBatch) -> Scores:
+        """Return a source's scores, from the cache where it is known what they follow from."""
+        if self.cache.folder is None:
+            return source.score(batch)
+        if source not in self._digests:
+            self._digests[source] = source.digest()
+        digest = self._digests[source]
+        if digest is None:
+            return source.score(batch)
+
+        def score() -> dict[str, Tensor]:
+            scores = source.score(batch)
+            return {"total": scores.total} | {f"part {name}": part for name, part in scores.parts.items()}
+
+        def inputs() -> list[str]:
+            tokens = tensors_digest({**batch.sequences._asdict(), "finished": batch.finished})
+            device = batch.finished.device.type
+            return [digest, tokens, device, as_input(batch.prompts, batch.responses)]
+
+        kept = self.cache.get("scores", inputs, score)
+        parts = {name.removeprefix("part "): part for name, part in kept.items() if name.startswith("part ")}
+        return Scores(kept["total"], parts)
 
 
 def _numbers(what: str, values: Tensor, count: int) -> Tensor:

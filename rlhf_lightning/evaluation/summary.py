@@ -10,10 +10,12 @@ from torch import Tensor
 from rlhf_lightning.evaluation.formatting import Kind, TableRow, plain, written
 from rlhf_lightning.evaluation.generations import Generations
 from rlhf_lightning.evaluation.prompts import PromptSet
+from rlhf_lightning.evaluation.questions import Question
 from rlhf_lightning.evaluation.sections import Section, plain_data
 from rlhf_lightning.evaluation.statistics import (
     Interval,
     bootstrap_mean,
+    bootstrap_ratio,
     distinct_n,
     mean_interval,
     paired_difference,
@@ -58,7 +60,7 @@ class ModelSummary:
     win_rate: Interval | None
     metrics: dict[str, Interval]
     kl: Interval
-    kl_per_token: float
+    kl_per_token: Interval
     length: Interval
     finished: Interval
     distinct_2: float
@@ -85,7 +87,7 @@ def summarize(model: Generations, base: Generations, *, seed: int = 0) -> ModelS
         win_rate=win_rate(_sure(scores), _sure(base_scores)) if against_base else None,
         metrics=_means(model.judgement.metrics, seed),
         kl=bootstrap_mean(model.kl, seed=seed),
-        kl_per_token=float(model.kl.sum() / model.lengths.sum()),
+        kl_per_token=bootstrap_ratio(model.kl, model.lengths.double(), seed=seed),
         length=bootstrap_mean(model.lengths.double(), seed=seed),
         finished=share_interval(model.finished.double()),
         distinct_2=distinct_n(model.responses, 2),
@@ -164,6 +166,7 @@ class Comparison:
         created: When, as text.
         training_s: Seconds of training by the name of the model, where its curves tell them.
         sections: What else was measured, in the order of the report.
+        questions: The user's own, with every model's answers.
     """
 
     base: str
@@ -176,6 +179,7 @@ class Comparison:
     created: str
     training_s: Mapping[str, float] = field(default_factory=dict)
     sections: list[Section] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
 
     @property
     def table(self) -> list[TableRow]:
@@ -210,6 +214,7 @@ class Comparison:
             "training_s": dict(self.training_s),
             "models": plain_data(self.models),
             "sections": {section.key: section.as_dict() for section in self.sections},
+            "questions": [asdict(question) for question in self.questions],
         }
 
     def samples(self) -> list[dict[str, Any]]:

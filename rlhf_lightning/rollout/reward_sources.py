@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.data.shapes import Prompt
+from rlhf_lightning.data.token_cache import tokenizer_digest
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.rewards import normalize_scores
 from rlhf_lightning.functional.sequences import SequenceBatch, pad_sequences
+from rlhf_lightning.models.digests import model_digest
 from rlhf_lightning.models.loading import foreign_token, load_sequence_classifier, load_tokenizer
 from rlhf_lightning.models.memory_limit import MemoryLimit
 from rlhf_lightning.models.scalar_head import ScalarModel, score_statistics
@@ -80,6 +82,13 @@ class RewardSource(nn.Module, ABC):
             tokenizer: The policy's.
         """
 
+    def digest(self) -> str | None:
+        """Return what tells this source's scores from others', after :meth:`setup`; scores are then kept by it.
+
+        ``None``: that is not known, as of a function, and each response is scored anew.
+        """
+        return None
+
     @abstractmethod
     def score(self, batch: ScoringBatch) -> Scores:
         """Score each response; float32, finite."""
@@ -126,6 +135,13 @@ class RewardModel(RewardSource):
         self.same_tokens = same_tokenization(tokenizer, self.tokenizer)
         if not self.same_tokens:
             logger.info("reward model '%s' has other tokens than the policy; it reads the text by its own", self.path)
+
+    def digest(self) -> str | None:
+        """Return a digest of weights, tokenizer and statistics."""
+        if type(self) is not RewardModel:  # what a class of the user's own makes of them is not known
+            return None
+        how = f"{self.score_mean} {self.score_std} {self.same_tokens} {self.name}"
+        return f"{model_digest(self.scalar.model)} {tokenizer_digest(self.tokenizer)} {how}"
 
     @torch.no_grad()
     def score(self, batch: ScoringBatch) -> Scores:
@@ -307,6 +323,11 @@ class WeightedSum(RewardSource):
         """Set up every source."""
         for reward in self.sources:
             reward.setup(tokenizer)
+
+    def digest(self) -> str | None:
+        """Return a digest of the sources and their weights, where each has one."""
+        digests = [reward.digest() for reward in self.sources]
+        return None if None in digests or type(self) is not WeightedSum else f"{digests} {self.weights}"
 
     def score(self, batch: ScoringBatch) -> Scores:
         """Add up the weighted scores."""

@@ -30,6 +30,7 @@ def answers(name: str, text: str, shift: float) -> Generations:
         finished=torch.arange(count) % 2 == 0,
         kl=torch.full((count,), shift, dtype=torch.float64),
         judgement=Judgement(scores, {text: scores}, {f"metric {text}": scores}),
+        repetition=torch.zeros(count),
     )
 
 

@@ -17,6 +17,7 @@ def answers(name: str, scores: list[float] | None, kl: float = 0.0) -> Generatio
         judgement=Judgement(
             None if scores is None else torch.tensor(scores), {}, {"voice": torch.tensor([1.0, 0.0, 0.0, 1.0])}
         ),
+        repetition=torch.zeros(count),
     )
 
 
@@ -33,7 +34,7 @@ def test_summary_by_hand() -> None:
     assert found.score_std == 1.5**0.5  # squares of 1, -2, 0, 1 over 4
     assert found.score_difference.mean == 1.5  # 4, 0, 1, 1 over 4
     assert found.win_rate.mean == 0.875  # three wins and a tie
-    assert (found.kl.mean, found.kl_per_token) == (6.0, 2.0)  # 24 nats over 12 tokens
+    assert (found.kl.mean, found.kl_per_token.mean) == (6.0, 2.0)  # 24 nats over 12 tokens
     assert (found.length.mean, found.finished.mean, found.metrics["voice"].mean) == (3.0, 0.75, 0.5)
     assert found.distinct_2 == 2 / 3
     assert found.score_quantiles["median"] == 3.5
