@@ -44,6 +44,8 @@ COMMANDS = {
     "ppo_by_model": f"fit {PPO} --model.reward=RewardModel {PROMPTS} --model.sampling.max_new_tokens=4 {TRAINER}",
     "compare": "compare --models.a=policy --models.b=policy --prompts=pairs.jsonl --output=report --device=cpu "
     "--sampling.max_new_tokens=4 --max_prompt_length=24",
+    "compare_by_reward": "compare --models.a=policy --prompts=pairs.jsonl --output=report --device=cpu "
+    "--sampling.max_new_tokens=4 --max_prompt_length=24 --reward=FunctionReward --reward.function=rewards.py:lengths",
     "generate": "generate --model=policy --prompt=Hi --max_new_tokens=4",
     "generate_long": f"generate --model=policy --prompt='{'tea ' * 48}'",
 }
@@ -309,6 +311,9 @@ def write_checkpoints() -> None:
     Path("cut.ckpt").write_bytes(first_half(good))
     middle = len(good) // 2
     Path("flipped.ckpt").write_bytes(good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :])
+    state = torch.load("sft.ckpt", weights_only=True)
+    state["rlhf_lightning"]["class"] = "LlamaForSequenceClassification"
+    torch.save(state, "reward.ckpt")
     torch.save({"state_dict": {}}, "foreign.ckpt")
     torch.save({"state_dict": {}, "object": Path("x")}, "objects.ckpt")
     torch.save([1, 2], "list.ckpt")
@@ -354,9 +359,9 @@ def read_table() -> dict[str, str]:
 
 
 def trained() -> set[tuple[str, int]]:
-    """Return what only a training leaves: checkpoints, logged numbers, models."""
+    """Return what only a training leaves: checkpoints, logged numbers, models; not what ``compare`` keeps for later."""
     found = [*Path().rglob("*.ckpt"), *Path().rglob("metrics.jsonl"), *Path().rglob("*.safetensors")]
-    return {(str(path), path.stat().st_size) for path in found if path.stat().st_size}
+    return {(str(path), path.stat().st_size) for path in found if path.stat().st_size and "cache" not in path.parts}
 
 
 TABLE = read_table()

@@ -7,13 +7,14 @@ import torch
 import yaml
 
 from rlhf_lightning.__main__ import main
+from rlhf_lightning.checkpoint_files import CHECKPOINT_KEY
 from rlhf_lightning.data.chat import ConversationEncoder
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.answer_sets import LikelihoodSet, PairSet
 from rlhf_lightning.evaluation.compare import compare
 from rlhf_lightning.evaluation.generations import sample_responses
 from rlhf_lightning.evaluation.likelihood import evaluate_likelihood
-from rlhf_lightning.models.export import write_model_folder
+from rlhf_lightning.models.export import pack_model, write_model_folder
 from rlhf_lightning.models.loading import load_causal_lm, load_sequence_classifier, load_tokenizer
 from rlhf_lightning.rollout.reward_sources import FunctionReward, RewardModel
 from rlhf_lightning.rollout.sampler import SamplingConfig
@@ -24,6 +25,10 @@ LONG = "LONG"  # the file of an answer that is too long
 
 def words(prompts: list[Any], responses: list[str]) -> list[float]:
     return [float(len(response.split())) for response in responses]
+
+
+def characters(prompts: list[Any], responses: list[str]) -> list[float]:
+    return [float(len(response)) for response in responses]
 
 
 def run(models: dict[str, str], output: Path, **more: Any) -> dict[str, str]:
@@ -178,6 +183,97 @@ def test_the_command_line(tiny_models: dict[str, str], tmp_path: Path, capsys: p
     assert (tmp_path / "out" / "report.json").read_text() != first
 
 
+FULL: dict[str, Any] = {
+    "limit": 6,
+    "reward": FunctionReward(words, name="words"),
+    "best_of": [2],
+    "best_of_samples": 3,
+    "questions": ["Do you like tea?"],
+}
+
+
+def scorer(base: str, folder: Path, seed: int) -> RewardModel:
+    torch.manual_seed(seed)
+    write_model_folder(folder, load_sequence_classifier(base, new_head=True), load_tokenizer(base))
+    return RewardModel(str(folder))
+
+
+def test_a_comparison_with_one_model_more_computes_that_one_alone(
+    tiny_models: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    judges = {"strict": scorer(tiny_models["base"], tmp_path / "scorer", 2)}
+    base = {"base": tiny_models["base"]}
+    run(base, tmp_path / "a", judges=judges, **FULL)
+    assert (
+        "cache: 0 of 6 results were in" in caplog.text
+    )  # answers, their scores, the same for best-of-n, two questions
+    caplog.clear()
+    kept = read(run(tiny_models, tmp_path / "a", judges=judges, **FULL))
+    # Of the second model: answers, scores, its own log-probabilities and the base's, two questions.
+    assert "cache: 6 of 12 results were in" in caplog.text
+    fresh = read(run(tiny_models, tmp_path / "b", judges=judges, cache=None, **FULL))
+    for report, _ in (kept, fresh):
+        del report["created"]
+    assert kept == fresh
+    assert not (tmp_path / "b" / "cache").exists()
+    caplog.clear()
+    run(tiny_models, tmp_path / "c", judges=judges, cache=str(tmp_path / "a" / "cache"), batch_size=2, **FULL)
+    assert "cache: 12 of 12 results were in" in caplog.text
+    caplog.clear()
+    run(tiny_models, tmp_path / "d", judges=judges, cache=str(tmp_path / "a" / "cache"), seed=1, **FULL)
+    assert "cache: 0 of 12 results were in" in caplog.text
+
+
+def test_other_weights_in_the_same_folder_are_another_model(tiny_models: dict[str, str], tmp_path: Path) -> None:
+    folder, tokenizer = tmp_path / "model", load_tokenizer(tiny_models["base"])
+    answers = []
+    for name in ("base", "other"):
+        write_model_folder(folder, load_causal_lm(tiny_models[name]), tokenizer)
+        _, samples = read(run({"model": str(folder)}, tmp_path / "out", limit=4))
+        answers.append([row["response"] for row in samples])
+    assert answers[0] != answers[1]
+
+
+def test_sections_judges_and_questions(tiny_models: dict[str, str], tmp_path: Path) -> None:
+    judges = {"chars": FunctionReward(characters), "strict": scorer(tiny_models["base"], tmp_path / "scorer", 2)}
+    report, samples = read(run(tiny_models, tmp_path / "out", judges=judges, **FULL))
+    assert list(report["sections"]) == ["diversity", "judges", "best_of", "frontier"]
+    of_chars = report["sections"]["judges"]["data"]["chars"]
+    for name in ("base", "other"):
+        rows = [row for row in samples if row["model"] == name]
+        assert all(row["judges"]["chars"] == len(row["response"]) for row in rows)
+        assert of_chars[name]["score"]["mean"] == pytest.approx(sum(len(row["response"]) for row in rows) / 6)
+    assert report["sections"]["best_of"]["columns"] == ["best of 2"]
+    assert report["sections"]["best_of"]["data"]["samples"] == 3
+    (question,) = report["questions"]
+    assert question["prompt"] == "Do you like tea?"
+    assert set(question["greedy"]) == set(question["sampled"]) == {"base", "other"}
+    plain, plain_samples = read(run(tiny_models, tmp_path / "plain", limit=6))
+    assert list(plain["sections"]) == ["diversity"]
+    assert plain["questions"] == []
+    assert [row["response"] for row in plain_samples] == [row["response"] for row in samples]
+    assert "judges" not in plain_samples[0]
+
+
+def test_checkpoints_of_a_run_by_one_pattern(tiny_models: dict[str, str], tmp_path: Path) -> None:
+    for step, name in ((1, "base"), (2, "other")):
+        model, tokenizer = load_causal_lm(tiny_models[name]), load_tokenizer(tiny_models[name])
+        weights = {f"policy.{key}": value for key, value in model.state_dict().items()}
+        packed = pack_model("policy.", model, tokenizer)
+        state = {"state_dict": weights, CHECKPOINT_KEY: packed, "global_step": step}
+        torch.save(state, tmp_path / f"step-{step}.ckpt")
+    settings = {"limit": 6, "reward": FunctionReward(words)}
+    report, samples = read(run({"ppo": f"{tmp_path}/*.ckpt"}, tmp_path / "a", **settings))
+    _, folders = read(run(tiny_models, tmp_path / "b", **settings))
+    assert report["base"] == "ppo step 1"
+    assert [model["name"] for model in report["models"]] == ["ppo step 1", "ppo step 2"]
+    assert [row["response"] for row in samples] == [row["response"] for row in folders]
+    points = report["sections"]["frontier"]["data"]["points"]
+    assert [(point["line"], point["step"]) for point in points] == [("ppo", 1), ("ppo", 2)]
+    assert not list((tmp_path / "a").rglob("model.safetensors"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -204,6 +300,12 @@ def test_the_command_line(tiny_models: dict[str, str], tmp_path: Path, capsys: p
             "pairs.x: 'builtin:demo/prompts' row 1: no column 'chosen'",
         ),
         ({"pairs": {"x": PairSet(LONG, max_length=300)}}, "pairs.x has sequences of 300 tokens, but models.base reads"),
+        ({"judges": {"a": object()}}, "judges.a is a object, which has no score"),
+        ({"best_of": [4]}, "best_of takes the answer of the highest score and so needs a reward"),
+        ({"questions": [" "]}, "questions has an empty one"),
+        ({"questions": ["tea " * 300], "max_prompt_length": 300}, "do not fit into its 256 positions"),
+        ({"cache": "FILE"}, "is a file; give a folder, or null for none"),
+        ({"models": {"base": "none/*.ckpt"}}, "models.base: no file matches 'none/\\*.ckpt'"),
     ],
 )
 def test_mistakes_end_in_one_line(
