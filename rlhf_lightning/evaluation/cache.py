@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _SETTING = "cache"
 _CHECKSUM = "checksum"
 #: Where the code lies that results follow from; what renders and summarises them counts for nothing.
-_CODE = ("functional", "models", "data", "rollout", "evaluation/generations.py")
+_CODE = ("functional", "models", "data", "rollout", "evaluation/generations.py", "evaluation/pair_margins.py")
 _LIBRARIES = ("torch", "transformers", "tokenizers")
 
 
@@ -89,6 +89,10 @@ class ResultCache:
         if self.folder is not None:
             total = len(self.found) + len(self.made)
             logger.info("cache: %d of %d results were in '%s'", len(self.found), total, self.folder)
+
+
+#: For those who keep nothing.
+NOTHING_KEPT = ResultCache(None)
 
 
 @cache

@@ -157,7 +157,7 @@ def compare(
         best_of=best_of or [],
         samples=best_of_samples,
     )
-    measures = [sampled, *given.measures(everyone.rewards, base_name, torch_device, batch_size)]
+    measures = [sampled, *given.measures(everyone.rewards, base_name, torch_device, batch_size, results)]
     _measure_all(candidates, base_name, base_model, measures)
     names = [candidate.name for candidate in candidates]
     sections = [section for measure in measures for section in measure.sections(names)]

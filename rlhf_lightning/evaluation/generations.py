@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.data.token_cache import tokenizer_digest
-from rlhf_lightning.evaluation.cache import ResultCache, as_input
+from rlhf_lightning.evaluation.cache import NOTHING_KEPT, ResultCache, as_input
 from rlhf_lightning.evaluation.judges import Judgement, Judges
 from rlhf_lightning.evaluation.prompts import PromptSet
 from rlhf_lightning.functional.repetition import repeated_fraction
@@ -163,6 +163,34 @@ def sequence_logprobs(
     return totals
 
 
+def kept_logprobs(
+    cache: ResultCache,
+    model: "PreTrainedModel",
+    sequences: SequenceBatch,
+    *,
+    temperature: float = 1.0,
+    batch_size: int = 32,
+) -> Tensor:
+    """Return :func:`sequence_logprobs`, or find what they were before.
+
+    Args:
+        cache: Where they are kept.
+        model: A causal language model.
+        sequences: Prompts and responses.
+        temperature: Divides the logits.
+        batch_size: Rows in one forward pass.
+    """
+
+    def make() -> dict[str, Tensor]:
+        return {"logprobs": sequence_logprobs(model, sequences, temperature=temperature, batch_size=batch_size)}
+
+    def inputs() -> list[str]:
+        tokens = tensors_digest(sequences._asdict())
+        return [cache.model(model), tokens, as_input(temperature, model.device.type)]
+
+    return cache.get("logprobs", inputs, make)["logprobs"]
+
+
 @dataclass(frozen=True)
 class Bench:
     """Everything that is the same for every model.
@@ -189,7 +217,7 @@ class Bench:
     device: torch.device
     seed: int
     batch_size: int
-    cache: ResultCache = field(default_factory=lambda: ResultCache(None))
+    cache: ResultCache = NOTHING_KEPT
 
     def answer(self, name: str, path: str, model: "PreTrainedModel", base: "PreTrainedModel") -> Generations:
         """Let a model answer, and measure its answers.
@@ -269,17 +297,9 @@ class Bench:
     def _log_ratio(self, model: "PreTrainedModel", base: "PreTrainedModel", sequences: SequenceBatch) -> Tensor:
         if model is base:
             return torch.zeros(len(self.prompt_ids), dtype=torch.float64)
-        return self._logprobs(model, sequences) - self._logprobs(base, sequences)
-
-    def _logprobs(self, model: "PreTrainedModel", sequences: SequenceBatch) -> Tensor:
         temperature = self.sampling.temperature or 1.0
-
-        def make() -> dict[str, Tensor]:
-            found = sequence_logprobs(model, sequences, temperature=temperature, batch_size=self.batch_size)
-            return {"logprobs": found}
-
-        def inputs() -> list[str]:
-            plain = as_input(temperature, self.device.type)
-            return [self.cache.model(model), tensors_digest(sequences._asdict()), plain]
-
-        return self.cache.get("logprobs", inputs, make)["logprobs"]
+        own, others = (
+            kept_logprobs(self.cache, of, sequences, temperature=temperature, batch_size=self.batch_size)
+            for of in (model, base)
+        )
+        return own - others

@@ -16,6 +16,7 @@ from rlhf_lightning.evaluation.answer_sets import (
     read_answers,
     read_pairs,
 )
+from rlhf_lightning.evaluation.cache import ResultCache
 from rlhf_lightning.evaluation.likelihood import Likelihoods
 from rlhf_lightning.evaluation.pair_margins import PairMargins
 from rlhf_lightning.evaluation.reward_pairs import RewardsOnPairs
@@ -93,7 +94,7 @@ class GivenAnswers:
                     )
 
     def measures(
-        self, rewards: Mapping[str, RewardSource], base: str, device: torch.device, batch_size: int
+        self, rewards: Mapping[str, RewardSource], base: str, device: torch.device, batch_size: int, cache: ResultCache
     ) -> list[Measurement]:
         """Return what measures models and rewards on these sets.
 
@@ -102,9 +103,10 @@ class GivenAnswers:
             base: Name of the model that the others are measured from.
             device: Where models and rewards run.
             batch_size: Answers in one forward pass.
+            cache: Where log-probabilities and scores are kept.
         """
         return [
-            Likelihoods(self.likelihood, self.answers, base=base, batch_size=batch_size, seed=self.seed),
-            PairMargins(self.pair_sets, self.pairs, base=base, batch_size=batch_size, seed=self.seed),
-            RewardsOnPairs(self.pair_sets, self.pairs, rewards, device=device, seed=self.seed),
+            Likelihoods(self.likelihood, self.answers, base=base, batch_size=batch_size, seed=self.seed, cache=cache),
+            PairMargins(self.pair_sets, self.pairs, base=base, batch_size=batch_size, seed=self.seed, cache=cache),
+            RewardsOnPairs(self.pair_sets, self.pairs, rewards, device=device, seed=self.seed, cache=cache),
         ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.evaluation.cache import ResultCache, as_input
+from rlhf_lightning.evaluation.cache import NOTHING_KEPT, ResultCache, as_input
 from rlhf_lightning.models.digests import tensors_digest
 from rlhf_lightning.rollout.reward_sources import FunctionReward, RewardSource, Scores, ScoringBatch
 
@@ -47,7 +47,7 @@ class Judges:
     reward: RewardSource | None
     metrics: dict[str, RewardSource]
     others: dict[str, RewardSource] = field(default_factory=dict)
-    cache: ResultCache = field(default_factory=lambda: ResultCache(None))
+    cache: ResultCache = NOTHING_KEPT
     _digests: dict[RewardSource, str | None] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -56,7 +56,7 @@ class Judges:
         reward: RewardSource | None,
         text_metrics: dict[str, str] | None,
         others: dict[str, RewardSource] | None = None,
-        cache: ResultCache | None = None,
+        cache: ResultCache = NOTHING_KEPT,
     ) -> "Judges":
         """Load the functions of the text metrics.
 
@@ -64,7 +64,7 @@ class Judges:
             reward: The reward source.
             text_metrics: Import path of a reward function by the name of the metric.
             others: Further reward sources by the name that the report calls them.
-            cache: Where scores are kept; ``None`` keeps none.
+            cache: Where scores are kept.
 
         Raises:
             UserError: If a function cannot be loaded, or a reward cannot score.
@@ -81,7 +81,7 @@ class Judges:
         metrics: dict[str, RewardSource] = {
             name: FunctionReward(function, name=name) for name, function in (text_metrics or {}).items()
         }
-        return cls(reward, metrics, others or {}, cache or ResultCache(None))
+        return cls(reward, metrics, others or {}, cache)
 
     @property
     def rewards(self) -> dict[str, RewardSource]:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.evaluation.answer_sets import EncodedAnswers, LikelihoodSet, counted, read_answers
+from rlhf_lightning.evaluation.cache import NOTHING_KEPT, ResultCache
 from rlhf_lightning.evaluation.formatting import TableRow
-from rlhf_lightning.evaluation.generations import sequence_logprobs
+from rlhf_lightning.evaluation.generations import kept_logprobs, sequence_logprobs
 from rlhf_lightning.evaluation.plots import Distribution
 from rlhf_lightning.evaluation.sections import Figure, Section, colors_of, distribution_figure
 from rlhf_lightning.evaluation.statistics import (
@@ -157,6 +158,7 @@ class Likelihoods:
         base: Name of the model that the others are compared with.
         batch_size: Answers in one forward pass.
         seed: Fixes the intervals.
+        cache: Where log-probabilities are kept.
     """
 
     def __init__(
@@ -167,14 +169,17 @@ class Likelihoods:
         base: str,
         batch_size: int,
         seed: int,
+        cache: ResultCache = NOTHING_KEPT,
     ) -> None:
         self.wanted, self.answers, self.base, self.batch_size, self.seed = wanted, answers, base, batch_size, seed
+        self.cache = cache
         self.found: dict[str, dict[str, AnswerLogprobs]] = {key: {} for key in answers}
 
     def take(self, name: str, model: "PreTrainedModel") -> None:
         """Measure a model."""
         for key, answers in self.answers.items():
-            self.found[key][name] = answer_logprobs(model, answers, batch_size=self.batch_size)
+            totals = kept_logprobs(self.cache, model, answers.sequences, batch_size=self.batch_size)
+            self.found[key][name] = AnswerLogprobs(totals, answers.sequences.response_lengths)
 
     def sections(self, names: list[str]) -> list[Section]:
         """Return a section of all sets; none where there are no sets."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.evaluation.answer_sets import EncodedPairs, PairSet, counted, read_pairs
+from rlhf_lightning.evaluation.cache import NOTHING_KEPT, ResultCache
 from rlhf_lightning.evaluation.formatting import Kind, TableRow
 from rlhf_lightning.evaluation.generations import sequence_logprobs
 from rlhf_lightning.evaluation.plots import Distribution
@@ -15,6 +16,7 @@ from rlhf_lightning.evaluation.sections import Figure, Section, colors_of, distr
 from rlhf_lightning.evaluation.statistics import Interval, bootstrap_mean, quantiles, win_rate
 from rlhf_lightning.functional.sequences import SequenceBatch, length_sorted
 from rlhf_lightning.metrics import QUANTILES
+from rlhf_lightning.models.digests import tensors_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -199,6 +201,7 @@ class PairMargins:
         base: Name of the model that implicit rewards are measured from.
         batch_size: Answers in one forward pass.
         seed: Fixes the intervals.
+        cache: Where log-probabilities are kept.
     """
 
     def __init__(
@@ -209,14 +212,16 @@ class PairMargins:
         base: str,
         batch_size: int,
         seed: int,
+        cache: ResultCache = NOTHING_KEPT,
     ) -> None:
         self.wanted, self.pairs, self.base, self.batch_size, self.seed = wanted, pairs, base, batch_size, seed
+        self.cache = cache
         self.found: dict[str, dict[str, Sides]] = {key: {} for key in pairs}
 
     def take(self, name: str, model: "PreTrainedModel") -> None:
         """Measure a model."""
         for key, pairs in self.pairs.items():
-            self.found[key][name] = pair_logprobs(model, pairs, batch_size=self.batch_size)
+            self.found[key][name] = self._kept(model, pairs)
 
     def sections(self, names: list[str]) -> list[Section]:
         """Return a section of all sets; none where there are no sets."""
@@ -238,6 +243,18 @@ class PairMargins:
                 data={key: self._data(key, summaries[key]) for key in self.pairs},
             )
         ]
+
+    def _kept(self, model: "PreTrainedModel", pairs: EncodedPairs) -> Sides:
+        """Return :func:`pair_logprobs`, or find what they were before."""
+
+        def make() -> dict[str, Tensor]:
+            return pair_logprobs(model, pairs, batch_size=self.batch_size)._asdict()
+
+        def inputs() -> list[str]:
+            tokens = [tensors_digest(side._asdict()) for side in (pairs.chosen, pairs.rejected)]
+            return [self.cache.model(model), *tokens, model.device.type]
+
+        return Sides(**self.cache.get("pair_logprobs", inputs, make))
 
     def _summaries(self, key: str, names: list[str]) -> dict[str, PairSummary]:
         found, lengths = self.found[key], answer_lengths(self.pairs[key])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.evaluation.answer_sets import EncodedPairs, PairSet, read_pairs
+from rlhf_lightning.evaluation.cache import NOTHING_KEPT, ResultCache
 from rlhf_lightning.evaluation.calibration import Calibration, calibrate
 from rlhf_lightning.evaluation.formatting import Kind, TableRow
 from rlhf_lightning.evaluation.judges import Judges
@@ -71,18 +72,25 @@ class RewardPairSummary:
     groups: dict[str, Part]
 
 
-def score_pairs(reward: RewardSource, pairs: EncodedPairs, *, device: torch.device | str = "cpu") -> Sides:
+def score_pairs(
+    reward: RewardSource,
+    pairs: EncodedPairs,
+    *,
+    device: torch.device | str = "cpu",
+    cache: ResultCache = NOTHING_KEPT,
+) -> Sides:
     """Return the scores of both sides of pairs, shape (pairs,), float64 each, on the CPU.
 
     Args:
         reward: Set up already.
         pairs: See :func:`~rlhf_lightning.evaluation.answer_sets.read_pairs`; in the tokens that it was set up with.
         device: Where it runs.
+        cache: Where scores are kept.
 
     Raises:
         UserError: If there is not one finite number for each answer.
     """
-    judges, scores = Judges(reward, {}), []
+    judges, scores = Judges(reward, {}, cache=cache), []
     for side, texts, finished in zip((pairs.chosen, pairs.rejected), pairs.texts, pairs.finished, strict=True):
         there = SequenceBatch(*(tensor.to(device) for tensor in side))
         found = judges.judge(ScoringBatch(there, finished.to(device), pairs.prompts, texts, pairs.rows)).scores
@@ -187,6 +195,7 @@ class RewardsOnPairs:
         rewards: By name, set up already.
         device: Where they run.
         seed: Fixes the intervals.
+        cache: Where scores are kept.
     """
 
     def __init__(
@@ -197,8 +206,10 @@ class RewardsOnPairs:
         *,
         device: torch.device,
         seed: int,
+        cache: ResultCache = NOTHING_KEPT,
     ) -> None:
         self.wanted, self.pairs, self.rewards, self.device, self.seed = wanted, pairs, rewards, device, seed
+        self.cache = cache
 
     def take(self, name: str, model: "PreTrainedModel") -> None:
         """Do nothing: rewards are judged without a policy."""
@@ -208,7 +219,10 @@ class RewardsOnPairs:
         if not self.pairs or not self.rewards:
             return []
         scores = {
-            key: {name: score_pairs(reward, pairs, device=self.device) for name, reward in self.rewards.items()}
+            key: {
+                name: score_pairs(reward, pairs, device=self.device, cache=self.cache)
+                for name, reward in self.rewards.items()
+            }
             for key, pairs in self.pairs.items()
         }
         found = {key: self._summaries(key, sides) for key, sides in scores.items()}

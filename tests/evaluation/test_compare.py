@@ -125,7 +125,7 @@ def test_given_answers_and_pairs(tiny_models: dict[str, str], tmp_path: Path) ->
         pairs={"held_out": PairSet(eval_pairs, **sizes)},
     )
     sections = read(result)[0]["sections"]
-    assert list(sections) == ["likelihood", "pairs", "reward_models"]
+    assert list(sections) == ["diversity", "frontier", "likelihood", "pairs", "reward_models"]
     assert sections["likelihood"]["columns"] == ["base", "other", "same"]
     assert sections["reward_models"]["columns"] == ["words"]
     data = sections["likelihood"]["data"]
@@ -202,27 +202,33 @@ def test_a_comparison_with_one_model_more_computes_that_one_alone(
     tiny_models: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    judges = {"strict": scorer(tiny_models["base"], tmp_path / "scorer", 2)}
-    base = {"base": tiny_models["base"]}
-    run(base, tmp_path / "a", judges=judges, **FULL)
-    assert (
-        "cache: 0 of 6 results were in" in caplog.text
-    )  # answers, their scores, the same for best-of-n, two questions
+    sizes: dict[str, Any] = {"limit": 5, "max_length": 128, "max_prompt_length": 64}
+    settings = {
+        **FULL,
+        "sampling": SAMPLING,
+        "judges": {"strict": scorer(tiny_models["base"], tmp_path / "scorer", 2)},
+        "likelihood": {"chosen": LikelihoodSet("builtin:demo/eval", **sizes)},
+        "pairs": {"held_out": PairSet("builtin:demo/eval", **sizes)},
+    }
+    run({"base": tiny_models["base"]}, tmp_path / "a", **settings)
+    # Answers and scores, the same for best-of-n, questions in two ways, likelihood, pairs, two sides of them scored.
+    assert "cache: 0 of 10 results were in" in caplog.text
     caplog.clear()
-    kept = read(run(tiny_models, tmp_path / "a", judges=judges, **FULL))
-    # Of the second model: answers, scores, its own log-probabilities and the base's, two questions.
-    assert "cache: 6 of 12 results were in" in caplog.text
-    fresh = read(run(tiny_models, tmp_path / "b", judges=judges, cache=None, **FULL))
+    kept = read(run(tiny_models, tmp_path / "a", **settings))
+    # Of the second model: answers, scores, log-probabilities by itself and by the base, questions, likelihood, pairs.
+    assert "cache: 10 of 18 results were in" in caplog.text
+    fresh = read(run(tiny_models, tmp_path / "b", **{**settings, "cache": None}))
     for report, _ in (kept, fresh):
         del report["created"]
     assert kept == fresh
     assert not (tmp_path / "b" / "cache").exists()
+    settings["cache"] = str(tmp_path / "a" / "cache")
     caplog.clear()
-    run(tiny_models, tmp_path / "c", judges=judges, cache=str(tmp_path / "a" / "cache"), batch_size=2, **FULL)
-    assert "cache: 12 of 12 results were in" in caplog.text
+    run(tiny_models, tmp_path / "c", **{**settings, "batch_size": 2})
+    assert "cache: 18 of 18 results were in" in caplog.text
     caplog.clear()
-    run(tiny_models, tmp_path / "d", judges=judges, cache=str(tmp_path / "a" / "cache"), seed=1, **FULL)
-    assert "cache: 0 of 12 results were in" in caplog.text
+    run(tiny_models, tmp_path / "d", **{**settings, "sampling": SamplingConfig(max_new_tokens=8, top_k=5)})
+    assert "cache: 8 of 18 results were in" in caplog.text  # greedy answers, and what was given and not sampled
 
 
 def test_other_weights_in_the_same_folder_are_another_model(tiny_models: dict[str, str], tmp_path: Path) -> None:
