@@ -9,6 +9,7 @@ from rlhf_lightning.evaluation.formatting import TableRow
 from rlhf_lightning.evaluation.generations import Generations
 from rlhf_lightning.evaluation.sections import Section
 from rlhf_lightning.evaluation.statistics import mean_interval, paired_difference, win_rate
+from rlhf_lightning.evaluation.summary import kind_of
 
 _NOTE = (
     "The same answers, scored by reward models that were not used in training. A gain that only the reward of training "
@@ -42,7 +43,12 @@ def judged_section(answers: Sequence[Generations], base: str, *, seed: int = 0) 
         found = [_measured(answer.judgement.others[judge], bases, answer is of_base, seed) for answer in answers]
         data[judge] = {answer.name: values for answer, values in zip(answers, found, strict=True)}
         rows += [
-            TableRow(judge, "mean score", "number", [values["score"] for values in found]),
+            TableRow(
+                judge,
+                "mean score",
+                kind_of([answer.judgement.others[judge] for answer in answers]),
+                [values["score"] for values in found],
+            ),
             TableRow(judge, f"difference to {base}, paired", "difference", [v["score_difference"] for v in found]),
             TableRow(judge, f"win rate against {base}, ties half", "share", [v["win_rate"] for v in found]),
         ]

@@ -107,17 +107,17 @@ def table_rows(
     """
     rows = []
     if models[0].score is not None:
-        score_kind = _kind([answer.scores for answer in answers])
+        score_kind = kind_of([answer.scores for answer in answers])
         rows += [
             TableRow("Score", "mean", score_kind, [model.score for model in models]),
             TableRow("Difference in score", f"to {base}, paired", "difference", [m.score_difference for m in models]),
             TableRow("Win rate", f"against {base}, ties half", "share", [model.win_rate for model in models]),
         ]
     for name in models[0].score_parts:
-        kind = _kind([answer.judgement.score_parts[name] for answer in answers])
+        kind = kind_of([answer.judgement.score_parts[name] for answer in answers])
         rows.append(TableRow(name, "part of the score", kind, [model.score_parts[name] for model in models]))
     for name in models[0].metrics:
-        kind = _kind([answer.judgement.metrics[name] for answer in answers])
+        kind = kind_of([answer.judgement.metrics[name] for answer in answers])
         note = "share of responses" if kind == "share" else "mean"
         rows.append(TableRow(name, note, kind, [model.metrics[name] for model in models]))
     rows += [
@@ -230,7 +230,12 @@ def _means(values: dict[str, Tensor], seed: int) -> dict[str, Interval]:
     return {name: mean_interval(numbers, seed=seed) for name, numbers in values.items()}
 
 
-def _kind(values: Sequence[Any]) -> Kind:
+def kind_of(values: Sequence[Tensor | None]) -> Kind:
+    """Return how the means of values are written: as shares where each value is 0 or 1.
+
+    Args:
+        values: Of each model, shape (rows,); ``None`` is passed over, and one at least is not.
+    """
     numbers = torch.cat([value for value in values if value is not None])
     return "share" if bool(((numbers == 0) | (numbers == 1)).all()) else "number"
 

@@ -8,7 +8,7 @@ from rlhf_lightning.evaluation.generations import Generations
 from rlhf_lightning.evaluation.judged import judged_section
 from rlhf_lightning.evaluation.judges import Judgement
 from rlhf_lightning.evaluation.sections import Section
-from rlhf_lightning.evaluation.statistics import Interval
+from rlhf_lightning.evaluation.statistics import Interval, share_interval
 
 
 def answers(name: str, responses: list[str], kl: float, scores: list[float]) -> Generations:
@@ -70,8 +70,21 @@ def test_further_judges_by_hand() -> None:
     assert found["strict", "mean"] == [1.75, 1.5]
     assert found["strict", "difference"] == [0.25, None]  # 1, 0, -1, 1
     assert found["strict", "win"] == [0.625, None]  # two wins and a tie of four
-    assert section.rows[2].kind == "share"
+    assert [row.kind for row in section.rows] == ["number", "difference", "share"]
     assert section.data["strict"]["base"]["score_std"] == pytest.approx(1.25**0.5)
+
+
+def test_a_judge_of_yes_and_no_gives_shares() -> None:
+    voiced = [
+        Generations(
+            **{**vars(answer), "judgement": Judgement(None, {}, {}, {"voice": torch.tensor([0.0, 1.0, 1.0, 1.0])})}
+        )
+        for answer in (BASE, PPO)
+    ]
+    section = judged_section(voiced, "base")
+    assert section is not None
+    assert section.rows[0].kind == "share"
+    assert section.rows[0].cells[0] == share_interval(torch.tensor([0.0, 1.0, 1.0, 1.0]))
 
 
 def test_without_further_judges_there_is_no_section() -> None:
