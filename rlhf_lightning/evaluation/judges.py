@@ -76,8 +76,6 @@ class Judges:
                     f"{key} is a {type(source).__name__}, which has no score(); give a RewardSource such as "
                     "RewardModel, FunctionReward or WeightedSum."
                 )
-        if reward is not None and reward.name in (others or {}):
-            raise UserError(f"judges.{reward.name} is called like the reward; call it otherwise.")
         metrics: dict[str, RewardSource] = {
             name: FunctionReward(function, name=name) for name, function in (text_metrics or {}).items()
         }
@@ -86,7 +84,8 @@ class Judges:
     @property
     def rewards(self) -> dict[str, RewardSource]:
         """All reward sources by name: the reward by its own, and the further ones."""
-        return ({} if self.reward is None else {self.reward.name: self.reward}) | self.others
+        own = {} if self.reward is None else {self.reward.name: self.reward}
+        return own | {f"{name} (judge)" if name in own else name: judge for name, judge in self.others.items()}
 
     def setup(self, tokenizer: "PreTrainedTokenizerBase", device: torch.device) -> None:
         """Load what scoring needs."""

@@ -71,6 +71,13 @@ def test_further_judges_give_scores_of_their_own() -> None:
     assert judged.scores is None
 
 
+def test_a_judge_called_like_the_reward_is_told_from_it() -> None:
+    reward, judge, other = Fixed(1.0, 2.0), Fixed(3.0, 4.0), Fixed(5.0, 6.0)
+    judges = Judges.build(reward, None, {reward.name: judge, "other": other})
+    assert judges.rewards == {"reward": reward, "reward (judge)": judge, "other": other}
+    assert Judges.build(None, None, {"other": other}).rewards == {"other": other}
+
+
 def test_a_further_judge_is_held_to_the_same() -> None:
     with pytest.raises(UserError, match=r"judges.a is a Linear, which has no score\(\)"):
         Judges.build(None, None, {"a": torch.nn.Linear(1, 1)})  # type: ignore[dict-item]
