@@ -60,7 +60,9 @@ def test_best_of_one_costs_nothing_and_more_costs_less_than_log_n() -> None:
 
 
 def longest(prompts: list[Any], responses: list[str]) -> list[float]:
-    return [float(len(response)) for response in responses]
+    """The number of letters, and a hundred more for each prompt after the first."""
+    places = ["xyz".index(prompt) for prompt in prompts]
+    return [100.0 * place + len(response) for place, response in zip(places, responses, strict=True)]
 
 
 def vowels(prompts: list[Any], responses: list[str]) -> list[float]:
@@ -80,7 +82,7 @@ def measured(tiny_models: dict[str, str]) -> tuple[list[BestOfN], Generations, d
     repeated = [row for row in ids for _ in range(5)]
     sequences, _ = bench.sample(model, repeated, sampling, derive_seed(3, "best_of"))
     texts = decode_responses(bench.tokenizer, sequences)
-    numbers = {"score": longest([], texts), "vowels": vowels([], texts)}
+    numbers = {"score": longest([prompt for prompt in "xyz" for _ in range(5)], texts), "vowels": vowels([], texts)}
     return found, base, {name: torch.tensor(values).view(3, 5) for name, values in numbers.items()}
 
 
