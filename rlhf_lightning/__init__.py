@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from rlhf_lightning.data.prompts import PromptDataModule
     from rlhf_lightning.data.text import DemonstrationDataModule
     from rlhf_lightning.data.unpaired import UnpairedDataModule
+    from rlhf_lightning.evaluation.answer_sets import LikelihoodSet, PairSet
+    from rlhf_lightning.evaluation.likelihood import evaluate_likelihood
+    from rlhf_lightning.evaluation.pair_margins import evaluate_pairs
+    from rlhf_lightning.evaluation.reward_pairs import evaluate_rewards
     from rlhf_lightning.models.lora import LoRA
     from rlhf_lightning.modules.dpo import DPOModule
     from rlhf_lightning.modules.kto import KTOModule
@@ -82,6 +86,11 @@ _HOMES = {
     "PromptDataModule": "data.prompts",
     "DemonstrationDataModule": "data.text",
     "UnpairedDataModule": "data.unpaired",
+    "LikelihoodSet": "evaluation.answer_sets",
+    "PairSet": "evaluation.answer_sets",
+    "evaluate_likelihood": "evaluation.likelihood",
+    "evaluate_pairs": "evaluation.pair_margins",
+    "evaluate_rewards": "evaluation.reward_pairs",
     "LoRA": "models.lora",
     "DPOModule": "modules.dpo",
     "KTOModule": "modules.kto",
@@ -118,10 +127,12 @@ __all__ = [
     "IPOLoss",
     "KTOModule",
     "LeaveOneOut",
+    "LikelihoodSet",
     "LoRA",
     "MissingEOSPenalty",
     "MissingEOSScore",
     "PPOModule",
+    "PairSet",
     "PreferenceDataModule",
     "PreferenceLoss",
     "PromptDataModule",
@@ -144,6 +155,9 @@ __all__ = [
     "TrunkCritic",
     "UnpairedDataModule",
     "WeightedSum",
+    "evaluate_likelihood",
+    "evaluate_pairs",
+    "evaluate_rewards",
 ]
 
 
