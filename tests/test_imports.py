@@ -18,7 +18,7 @@ ALLOWED = {
     "algorithm": {"functional", "models", "rollout"},
     "modules": {"functional", "models", "data", "rollout", "algorithm", "metrics"},
     "evaluation": {"functional", "models", "data", "rollout", "loggers", "metrics"},
-    "callbacks": {"loggers"},
+    "callbacks": {"loggers", "evaluation"},
     "planning": {"data", "models", "modules", "rollout", "algorithm", "cli"},
 }
 OPEN_TO_ALL = {"checkpoint_files", "earlier", "errors", "seeding", "distributed"}

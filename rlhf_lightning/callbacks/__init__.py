@@ -3,6 +3,7 @@
 from rlhf_lightning.callbacks.charts import ChartLayout
 from rlhf_lightning.callbacks.collapse import KLBudget, LengthDrift, RepetitionGuard, RewardDivergence
 from rlhf_lightning.callbacks.export import ExportModel
+from rlhf_lightning.callbacks.likelihood import EvaluateLikelihood
 from rlhf_lightning.callbacks.predictions import PredictionFile
 from rlhf_lightning.callbacks.progress import PhaseProgressBar
 from rlhf_lightning.callbacks.samples import SampleTable
@@ -11,6 +12,7 @@ from rlhf_lightning.callbacks.unfinished import UnfinishedWarning
 
 __all__ = [
     "ChartLayout",
+    "EvaluateLikelihood",
     "ExportModel",
     "KLBudget",
     "LengthDrift",

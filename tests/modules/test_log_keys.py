@@ -9,7 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from rlhf_lightning.algorithm.kl import FixedKL
+from rlhf_lightning.callbacks import EvaluateLikelihood
 from rlhf_lightning.data.collate import LabelledExample, PairExample, collate_labelled, collate_pairs, collate_sequences
+from rlhf_lightning.evaluation.answer_sets import LikelihoodSet
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.kto import KTOModule
 from rlhf_lightning.modules.ppo import PPOModule
@@ -78,6 +80,15 @@ def test_ratings(language_model: str, trainer: Callable[..., Trainer], recorder:
 def test_sft(language_model: str, trainer: Callable[..., Trainer], recorder: Any) -> None:
     batch = collate_sequences([(prompt, chosen) for prompt, chosen, _ in PAIRS], pad_id=4)
     assert logged(SFTModule(language_model), trainer, recorder, rows(batch)) == set(documented("SFT"))
+
+
+def test_likelihood(language_model: str, trainer: Callable[..., Trainer], recorder: Any) -> None:
+    wanted = LikelihoodSet("builtin:demo/eval", limit=2, max_length=120, max_prompt_length=60)
+    batch = collate_sequences([(prompt, chosen) for prompt, chosen, _ in PAIRS], pad_id=4)
+    running = trainer(max_steps=1, logger=recorder, val_check_interval=1, callbacks=[EvaluateLikelihood({"x": wanted})])
+    running.fit(SFTModule(language_model), **rows(batch))
+    own = {re.sub("_x$", "_<name>", key) for key in recorder.values if key.endswith("_x")}
+    assert own == set(documented("The callback `EvaluateLikelihood`"))
 
 
 def test_dpo(language_model: str, trainer: Callable[..., Trainer], recorder: Any) -> None:
