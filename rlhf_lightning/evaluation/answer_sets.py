@@ -63,7 +63,9 @@ class LikelihoodSet(AnswerSource):
     """Answers whose log-probability is measured.
 
     Args:
-        source: See :class:`AnswerSource`, as for all that is not described here.
+        source: A ``.jsonl``, ``.json``, ``.csv`` (also with ``.gz``) or ``.parquet`` file, ``builtin:demo/<name>``, or
+            a hub name (``owner/name`` or ``owner/name:config``); for what is not described here see
+            :class:`AnswerSource`.
         answer: What of a row is the answer: the ``chosen`` or the ``rejected`` side of a pair, the ``response`` of a
             demonstration, or the whole ``text``, prompt included. ``auto`` takes the chosen side of a pair, else the
             response, else the text. An answer counts with its stop token; running text has none.
@@ -77,7 +79,9 @@ class PairSet(AnswerSource):
     """Preference pairs on which policies and reward models are judged.
 
     Args:
-        source: See :class:`AnswerSource`, as for all that is not described here.
+        source: A ``.jsonl``, ``.json``, ``.csv`` (also with ``.gz``) or ``.parquet`` file, ``builtin:demo/<name>``, or
+            a hub name (``owner/name`` or ``owner/name:config``); for what is not described here see
+            :class:`AnswerSource`.
         group_by: Column by whose values the accuracy of reward models is told apart, such as ``source_file``; ``None``
             is off.
     """
