@@ -21,7 +21,7 @@ ALLOWED = {
     "callbacks": {"loggers", "evaluation"},
     "planning": {"data", "models", "modules", "rollout", "algorithm", "cli"},
 }
-OPEN_TO_ALL = {"checkpoint_files", "earlier", "errors", "seeding", "distributed"}
+OPEN_TO_ALL = {"checkpoint_files", "earlier", "errors", "markdown", "seeding", "distributed"}
 
 
 def imported_parts(path: Path) -> set[str]:

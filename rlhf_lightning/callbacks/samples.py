@@ -1,7 +1,5 @@
 """What the model says: a table in TensorBoard and ``samples.jsonl``."""
 
-import html
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,26 +10,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rlhf_lightning.callbacks.timing import run_ends
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.loggers import JSONLines
+from rlhf_lightning.markdown import escape_cell, markdown_table
 
 #: Letters of a text that the table shows; samples.jsonl holds all of them.
 MAX_LETTERS = 1000
 COLUMNS = ("prompt", "response", "score", "kl", "length", "finished")
-# What Markdown would read as markup, at any place of a line.
-_MARKUP = re.compile(r"[\\`*_~|\[\]]")
-
-
-def escape_cell(text: str) -> str:
-    r"""Write a text so that a cell of a Markdown table shows it as it is.
-
-    Markup of Markdown and HTML becomes character references, a line break becomes ``<br>``.
-
-    Example:
-        >>> escape_cell("a|b <b>\n**c**")
-        'a&#124;b &lt;b&gt;<br>&#42;&#42;c&#42;&#42;'
-    """
-    escaped = html.escape(text, quote=False)
-    escaped = _MARKUP.sub(lambda match: f"&#{ord(match.group())};", escaped)
-    return re.sub(r"\r\n|[\n\r\v\f\x85\u2028\u2029]", "<br>", escaped)
 
 
 def plain_text(prompt: Any) -> str:
@@ -46,23 +29,20 @@ def plain_text(prompt: Any) -> str:
     return str(prompt)
 
 
-def markdown_table(samples: Sequence[dict[str, Any]]) -> str:
+def sample_table(samples: Sequence[dict[str, Any]]) -> str:
     """Write samples as a Markdown table; a column that no sample has is left out.
 
     Args:
         samples: Each with some of prompt, response, score, kl (nats a response), length (tokens), finished.
 
     Example:
-        >>> print(markdown_table([{"prompt": "Hi", "response": "Hello", "score": 0.51234, "finished": True}]))
+        >>> print(sample_table([{"prompt": "Hi", "response": "Hello", "score": 0.51234, "finished": True}]))
         | prompt | response | score | finished |
         |---|---|---|---|
         | Hi | Hello | 0.512 | yes |
     """
     columns = [name for name in COLUMNS if any(name in sample for sample in samples)]
-    rows = [[_cell(sample.get(name, "")) for name in columns] for sample in samples]
-    lines = [" | ".join(row) for row in [columns, *rows]]
-    lines.insert(1, "|".join(["---"] * len(columns)))
-    return "\n".join(f"|{line}|" if line.startswith("---|") else f"| {line} |" for line in lines)
+    return markdown_table(columns, [[_cell(sample.get(name, "")) for name in columns] for sample in samples])
 
 
 def _cell(value: Any) -> str:
@@ -135,7 +115,7 @@ class SampleTable(pl.Callback):
         name = "samples/rollout" if split == "train" else "samples/val"
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text(name, markdown_table(shown), step)
+                logger.experiment.add_text(name, sample_table(shown), step)
 
 
 def _step(trainer: pl.Trainer) -> int:

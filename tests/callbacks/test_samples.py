@@ -13,7 +13,7 @@ from tensorboard.plugin_util import markdown_to_safe_html
 from torch.utils.data import DataLoader
 
 from rlhf_lightning.callbacks import SampleTable
-from rlhf_lightning.callbacks.samples import MAX_LETTERS, markdown_table
+from rlhf_lightning.callbacks.samples import MAX_LETTERS, sample_table
 from rlhf_lightning.errors import UserError
 
 NASTY = "a | b\n| c |\n\n<script>alert(1)</script> **bold** [link](http://x) `code` _e_ \\| &amp; ~~s~~"
@@ -136,7 +136,7 @@ def test_tensorboard_shows_the_table(tmp_path: Path) -> None:
 
 
 def test_any_text_is_shown_as_it_is_in_one_cell() -> None:
-    ((prompt, response),) = cells(markdown_table([{"prompt": NASTY, "response": "fine"}]))
+    ((prompt, response),) = cells(sample_table([{"prompt": NASTY, "response": "fine"}]))
     assert response == "fine"
     assert html.unescape(prompt.replace("<br>", "\n")) == NASTY
     assert "<script" not in prompt
