@@ -13,7 +13,7 @@ from typing import NamedTuple
 from rlhf_lightning.evaluation.formatting import plain
 from rlhf_lightning.evaluation.statistics import Interval
 
-COLORS = 6
+COLORS = 10
 _MARGIN_LEFT, _MARGIN_RIGHT, _AXIS_HEIGHT = 46, 14, 40
 _NEGLIGIBLE = 1e-12
 
