@@ -56,7 +56,7 @@ def run_function_command(command: str, argv: list[str]) -> Any:
     parser, function = function_parser(command)
     result = function(**_parsed(parser, argv))
     if command == "compare":
-        print(f"{result['table']}\nreport: {result['report']}")
+        print(f"{result['table']}\nreport: {result['report']}\nmarkdown: {result['markdown']}")
     return result
 
 

@@ -30,6 +30,7 @@ from rlhf_lightning.evaluation.named_models import (
 from rlhf_lightning.evaluation.prompts import encode_prompts, read_prompts
 from rlhf_lightning.evaluation.questions import Question, Questions, checked_questions
 from rlhf_lightning.evaluation.report import render
+from rlhf_lightning.evaluation.report_markdown import render_markdown
 from rlhf_lightning.evaluation.sampled import SampledAnswers
 from rlhf_lightning.evaluation.sections import Measurement
 from rlhf_lightning.evaluation.summary import Comparison
@@ -120,7 +121,7 @@ def compare(
             ``output``, ``null`` keeps nothing. It may be deleted at any time.
 
     Returns:
-        ``table`` (text to print), and the paths ``report``, ``json`` and ``samples``.
+        ``table`` (text to print), and the paths ``report``, ``markdown``, ``json`` and ``samples``.
 
     Raises:
         UserError: If a model, the prompts, a reward, a metric, a curve or a number is not what it should be.
@@ -199,6 +200,7 @@ def _write(
     samples = [json.dumps(to_json(row), ensure_ascii=False, allow_nan=False) + "\n" for row in comparison.samples()]
     written = {
         "report": ("report.html", render(comparison, plots)),
+        "markdown": ("report.md", render_markdown(comparison)),
         "json": ("report.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"),
         "samples": ("samples.jsonl", "".join(samples)),
     }

@@ -18,10 +18,11 @@ from typing import Any
 import lightning.pytorch  # noqa: F401 - its log goes to the stderr of whoever imports it first
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.__main__ import main
-from rlhf_lightning.callbacks.samples import markdown_table
+from rlhf_lightning.callbacks.samples import sample_table
 
 MARKER = "code-was-run"
 TRAINER = "--trainer.accelerator=cpu --trainer.max_steps=1 --trainer.enable_progress_bar=false"
@@ -298,6 +299,9 @@ MARKUP = (
 )
 
 
+TABLE = {"table", "thead", "tbody", "tr", "th", "td"}
+
+
 class Markup(HTMLParser):
     """Collects the tags of a page, and the attributes that could load or run something."""
 
@@ -321,9 +325,9 @@ def test_what_tensorboard_makes_of_samples_is_a_table_and_text(place: Path) -> N
     from tensorboard.plugin_util import markdown_to_safe_html
 
     messages = [{"role": MARKUP, "content": MARKUP}]
-    table = markdown_table([{"prompt": messages, "response": MARKUP, "score": 0.5}, {"prompt": MARKUP, "kl": MARKUP}])
+    table = sample_table([{"prompt": messages, "response": MARKUP, "score": 0.5}, {"prompt": MARKUP, "kl": MARKUP}])
     parsed = read_markup(markdown_to_safe_html(table))
-    assert parsed.tags == {"table", "thead", "tbody", "tr", "th", "td", "br"}
+    assert parsed.tags == TABLE | {"br"}
     assert parsed.active == []
 
 
@@ -340,6 +344,10 @@ def test_a_report_shows_markup_of_data_and_names_as_text(place: Path, capfd: pyt
     assert parsed.active == []
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "default-src 'none'" in page
+    text = Path("report/report.md").read_text()
+    read_back = read_markup(MarkdownIt("commonmark", {"html": True}).enable("table").render(text))
+    assert read_back.tags <= {"h1", "h2", "p", "ul", "li", "strong", "code", "blockquote", "br"} | TABLE
+    assert read_back.active == []
 
 
 SECRETS = {

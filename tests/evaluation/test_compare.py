@@ -174,7 +174,8 @@ def test_the_command_line(tiny_models: dict[str, str], tmp_path: Path, capsys: p
     assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "Win rate (against base, ties half)" in printed
-    assert str(tmp_path / "out" / "report.html") in printed
+    assert f"report: {tmp_path / 'out' / 'report.html'}\nmarkdown: {tmp_path / 'out' / 'report.md'}" in printed
+    assert (tmp_path / "out" / "report.md").read_text().startswith("# other against base\n")
     assert not (tmp_path / "elsewhere").exists()
     first = (tmp_path / "out" / "report.json").read_text()
     assert json.loads(first)["sections"]["pairs"]["data"]["train"]["pairs"] == 2
