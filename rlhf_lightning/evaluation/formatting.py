@@ -38,6 +38,23 @@ def without_home(path: str) -> str:
     return "~" + path.removeprefix(home) if path == home or path.startswith(f"{home}{os.sep}") else path
 
 
+def fitting(label: str, room: float, *, letter: float = 6.6) -> str:
+    """Shorten a label, in its middle, to what fits.
+
+    Args:
+        label: A name.
+        room: Pixels there are.
+        letter: Pixels of a letter.
+
+    Example:
+        >>> fitting("rollout/score", 100), fitting("a long name / step-4000.ckpt", 100)
+        ('rollout/score', 'a long …00.ckpt')
+    """
+    letters = max(3, int(room / letter))
+    half = (letters - 1) // 2
+    return label if len(label) <= letters else f"{label[: letters - 1 - half]}…{label[-half:]}"
+
+
 def text_table(rows: Sequence[TableRow], names: Sequence[str]) -> str:
     """Return the table as text of fixed width.
 

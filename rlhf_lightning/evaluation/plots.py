@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from rlhf_lightning.evaluation.formatting import plain
+from rlhf_lightning.evaluation.formatting import fitting, plain
 from rlhf_lightning.evaluation.statistics import Interval
 
 COLORS = 10
@@ -154,7 +154,7 @@ def line_chart(
     parts = [y_axis(y, y_ticks, x), x_axis(x, x_ticks, height - _AXIS_HEIGHT, x_label)]
     parts += [_line(line, x, y) for line in series]
     if len(series) > 1:
-        parts.append(_legend(series))
+        parts.append(_legend(series, width))
     return svg(width, height, title, parts)
 
 
@@ -233,7 +233,8 @@ def _histogram_row(
     )
     mean = x(row.mean.mean)
     parts.append(f'<line class="mean" x1="{mean:.1f}" x2="{mean:.1f}" y1="{y.end - 4:.1f}" y2="{y.start:.1f}"/>')
-    label, figure = html.escape(row.label), f"mean {plain(row.mean.mean)}".replace("-", "−")
+    figure = f"mean {plain(row.mean.mean)}".replace("-", "−")
+    label = html.escape(fitting(row.label, x.end - x.start - 7 * len(figure), letter=8.4))
     parts.append(
         f'<text class="name" x="{x.start:.1f}" y="{y.end - 14:.1f}">{label}'
         f'<tspan class="tick" dx="8">{figure}</tspan></text>'
@@ -335,10 +336,8 @@ def x_axis(x: Scale, ticks: Sequence[float], base: float, label: str, *, texts: 
         place = f"{x(tick):.1f}"
         parts.append(f'<line class="axis" x1="{place}" x2="{place}" y1="{base:.1f}" y2="{base + 4:.1f}"/>')
         parts.append(f'<text class="tick" x="{place}" y="{base + 16:.1f}" text-anchor="middle">{text}</text>')
-    middle = (x.start + x.end) / 2
-    parts.append(
-        f'<text class="label" x="{middle:.1f}" y="{base + 32:.1f}" text-anchor="middle">{html.escape(label)}</text>'
-    )
+    middle, shown = (x.start + x.end) / 2, html.escape(fitting(label, x.end - x.start))
+    parts.append(f'<text class="label" x="{middle:.1f}" y="{base + 32:.1f}" text-anchor="middle">{shown}</text>')
     return "".join(parts)
 
 
@@ -353,14 +352,16 @@ def y_axis(y: Scale, ticks: Sequence[float], x: Scale, *, percent: bool = False)
     return "".join(parts)
 
 
-def _legend(series: Sequence[Series]) -> str:
+def _legend(series: Sequence[Series], width: int) -> str:
     parts, left = [], float(_MARGIN_LEFT)
+    room = (width - _MARGIN_LEFT) / len(series) - 21
     for line in series:
+        label = fitting(line.label, room)
         parts.append(
             f'<g class="s{line.color % COLORS}"><path class="line" d="M{left:.1f} 10h16"/></g>'
-            f'<text class="label" x="{left + 21:.1f}" y="14">{html.escape(line.label)}</text>'
+            f'<text class="label" x="{left + 21:.1f}" y="14">{html.escape(label)}</text>'
         )
-        left += 21 + 6.6 * len(line.label) + 18
+        left += 21 + 6.6 * len(label) + 18
     return "".join(parts)
 
 

@@ -13,7 +13,8 @@ from rlhf_lightning.evaluation.summary import Comparison, ModelSummary, headline
 
 #: Others than the base that get their figures at the top of the report; of more, one sentence each.
 SHOWN_VERDICTS = 3
-#: Columns whose intervals are drawn beside the numbers; with more the drawing would be out of sight.
+#: Columns whose intervals are drawn beside the numbers; with more the drawing would be out of sight, and on paper the
+#: letters get smaller.
 DRAWN_COLUMNS = 4
 #: Columns of numbers that fit on a phone; with more the rows of a table stand below one another as cards.
 PHONE_COLUMNS = 2
@@ -102,11 +103,12 @@ def table(rows: Sequence[TableRow], columns: Sequence[str], colors: Mapping[str,
     if not 2 <= len(drawn) == len(columns) <= DRAWN_COLUMNS or not any(map(_comparable, rows)):
         drawn = []
     many = len(columns) > PHONE_COLUMNS
+    form = "many wide-table" if len(columns) > DRAWN_COLUMNS else "many" if many else "few"
     body = "".join(_row(row, columns if many else [], colors, drawn) for row in rows)
     strip = '<td class="strip"></td>' if drawn else ""
     return (
         f'<div class="card scroll" tabindex="0" role="region" aria-label="{escape(label)}">'
-        f"<table{' class=many' if many else ''}><thead><tr><td></td>{heads}{strip}</tr></thead>"
+        f'<table class="{form}"><thead><tr><td></td>{heads}{strip}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
