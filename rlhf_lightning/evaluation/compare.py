@@ -72,18 +72,10 @@ def compare(
 ) -> dict[str, str]:
     """Let models answer the same prompts, and write a report of how they differ from a base.
 
-    Written are ``report.html`` (one file, no network needed), ``report.json`` and ``samples.jsonl``. ``report.json``
-    has the keys ``format`` ("rlhf_lightning.comparison/1"), ``created`` (UTC), ``base``, ``seed``, ``prompts``
-    (``source``, ``count`` asked, ``available``), ``sampling`` (the arguments of SamplingConfig), ``reward`` (name or
-    null), ``training_s`` (seconds by name, of the models whose curves were given under their name), ``curves`` (the
-    argument), ``sections`` (what else was asked for, each with ``title``, ``note``, ``columns``, ``rows``, ``data``),
-    ``questions`` (each with ``prompt``, and in ``greedy`` and ``sampled`` an answer by model) and ``models``, a list
-    with the fields of :class:`~rlhf_lightning.evaluation.summary.ModelSummary`: ``name``, ``path``, ``score``,
-    ``score_std``, ``score_quantiles``, ``score_parts``, ``score_difference``, ``win_rate``, ``metrics``, ``kl``,
-    ``kl_per_token``, ``length``, ``finished``, ``distinct_2``. What has an interval is ``{"mean", "low", "high"}``;
-    what does not apply is null. ``samples.jsonl`` has a line for each prompt and model: ``row``, ``model``, ``prompt``,
-    ``response``, ``score``, ``kl``, ``length``, ``finished``, each text metric, and, where there are further judges,
-    ``judges`` (a score by judge).
+    Written are ``report.html`` (one file, no network needed), ``report.md`` (the same in Markdown, without figures),
+    ``report.json`` and ``samples.jsonl``. docs/report_schema.md lists the keys of ``report.json``. ``samples.jsonl``
+    has a line for each prompt and model: ``row``, ``model``, ``prompt``, ``response``, ``score``, ``kl``, ``length``,
+    ``finished``, each text metric, and, where there are further judges, ``judges`` (a score by judge).
 
     Reports are handed on: a path in the user's home folder is written with ``~``.
 

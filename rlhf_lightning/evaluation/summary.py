@@ -26,7 +26,8 @@ from rlhf_lightning.evaluation.statistics import (
 from rlhf_lightning.metrics import QUANTILES
 from rlhf_lightning.rollout.sampler import SamplingConfig
 
-JSON_FORMAT = "rlhf_lightning.comparison/1"
+#: The number rises when a key goes or changes its type or meaning; report.schema.json describes each key.
+JSON_FORMAT = "rlhf_lightning.comparison/2"
 
 
 @dataclass(frozen=True)

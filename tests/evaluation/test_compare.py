@@ -61,7 +61,7 @@ def test_two_models(tiny_models: dict[str, str], tmp_path: Path, metrics_file: P
     assert other["kl"]["mean"] == pytest.approx(sum(row["kl"] for row in theirs) / 20)
     assert other["kl"]["low"] > 0
     assert (base["kl"]["mean"], base["win_rate"], base["score_difference"]) == (0.0, None, None)
-    assert (report["format"], report["base"]) == ("rlhf_lightning.comparison/1", "base")
+    assert (report["format"], report["base"]) == ("rlhf_lightning.comparison/2", "base")
     assert report["prompts"] == {"source": "builtin:demo/eval_prompts", "count": 20, "available": 240}
     assert report["sampling"]["max_new_tokens"] == 8
     page = Path(result["report"]).read_text(encoding="utf-8")
