@@ -6,6 +6,8 @@ from difflib import SequenceMatcher
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
+#: Words that two texts may share by chance; more in a row are kept, whatever stands around them.
+CHANCE_WORDS = 3
 # A word with its apostrophes, a sign, or a single letter of a script without spaces; each with the space behind it.
 _WORD = re.compile(r"(?:[぀-ヿ㐀-鿿]|(?:(?![぀-ヿ㐀-鿿])\w)+(?:['’]\w+)*|[^\w\s])\s*|\s+")
 
@@ -76,13 +78,17 @@ def _matches(old: Sequence[str], new: Sequence[str]) -> list[_Match]:
 
 
 def _without_chance(matches: Sequence[_Match], old: Sequence[str], new: Sequence[str]) -> list[_Match]:
-    """Leave out matches that are no longer than the changes on either side of them, until none is left."""
+    """Leave out matches of few words no longer than the changes on either side of them, until none is left."""
     kept = list(matches)
     while True:
         size = [_letters(new[match.after : match.after + match.size]) for match in kept]
         gaps = _gaps(kept, old, new)
         smaller = [min(sides) for sides in pairwise(gaps)]
-        longer = [match for match, own, gap in zip(kept, size, smaller, strict=True) if own > gap or gap == 0]
+        longer = [
+            match
+            for match, own, gap in zip(kept, size, smaller, strict=True)
+            if own > gap or gap == 0 or match.size > CHANCE_WORDS
+        ]
         if len(longer) == len(kept):
             return kept
         kept = longer

@@ -54,6 +54,12 @@ def test_a_word_shared_by_chance_between_larger_changes_is_no_island() -> None:
     assert told(before, after) == f"-{before}-+{after}+"
 
 
+def test_four_words_in_a_row_are_no_chance() -> None:
+    before = "I do not have preferences regarding hiking on a rainy day whatsoever, as an assistant"
+    after = "Oh, good question! I really love hiking on a rainy day because everything smells of earth"
+    assert "hiking on a rainy day " in [change.text for change in word_changes(before, after) if change.kind == "kept"]
+
+
 def test_letters_of_scripts_without_spaces_are_compared_one_by_one() -> None:
     assert told("日本語の文です", "日本史の文です") == "日本-語-+史+の文です"
 
