@@ -87,7 +87,10 @@ def runs_of(*names: str, root: str = "runs") -> list[str]:
 def test_pipeline_runs_skips_and_repeats_what_changed(capsys: pytest.CaptureFixture[str]) -> None:
     assert pipeline() == 0
     out = capsys.readouterr().out
-    assert out.rstrip().splitlines()[-2].endswith("report: runs/compare/report.html")
+    assert out.rstrip().splitlines()[-3:-1] == [
+        "report: runs/compare/report.html",
+        "markdown: runs/compare/report.md",
+    ]
     assert Path("runs/compare/report.html").exists()
     first, second = runs_of("first", "second")
     before = load_file("runs/first/model/model.safetensors")
