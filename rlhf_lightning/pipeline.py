@@ -102,7 +102,8 @@ def _check_inputs(inputs: dict[str, Any], written: list[Path]) -> None:
     from rlhf_lightning.models.loading import resolve_model
 
     named = inputs | {f"models.{name}": path for name, path in (inputs.get("models") or {}).items()}
-    for key, value in named.items():
+    each = [(key, one) for key, value in named.items() for one in (value if isinstance(value, list) else [value])]
+    for key, value in each:
         if not isinstance(value, str) or any(Path(value).is_relative_to(folder) for folder in written):
             continue
         if key in _DATA_KEYS:

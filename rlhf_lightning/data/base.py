@@ -1,21 +1,19 @@
 """What the data modules have in common: rows in, parsed, split, counted, and handed out as batches."""
 
 import contextlib
-import hashlib
 import logging
 import warnings
 from abc import ABC, abstractmethod
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from lightning.pytorch import LightningDataModule
 
 from rlhf_lightning.data.chat import Conversation, ConversationEncoder, EncodedConversation
-from rlhf_lightning.data.collate import TokenIds
-from rlhf_lightning.data.readers import is_hub_name, line_of_row, read_rows
+from rlhf_lightning.data.digest import HasSequences, content_digest
+from rlhf_lightning.data.readers import is_hub_name, line_of_row, named_sources, read_rows
 from rlhf_lightning.data.shapes import Prompt
 from rlhf_lightning.data.splits import HasPrompt, prompt_key, split_by_prompt
 from rlhf_lightning.data.stream import BatchStream, EvalBatches
@@ -25,14 +23,6 @@ from rlhf_lightning.models.loading import load_tokenizer
 from rlhf_lightning.seeding import run_seed
 
 log = logging.getLogger("rlhf_lightning")
-
-
-class HasSequences(Protocol):
-    """What can tell the sequences of token ids that a model will read, each in its parts."""
-
-    @property
-    def sequences(self) -> list[tuple[TokenIds, ...]]:
-        """The sequences."""
 
 
 Item = TypeVar("Item", bound=HasPrompt)
@@ -51,8 +41,9 @@ _ITEMS_AT_A_TIME = 1000  # enough for any number of cores, and little beside the
 
 
 class Numbered(NamedTuple, Generic[Item]):
-    """An item with the number of the row it came from, counted from 1, to name it where something is wrong with it."""
+    """An item with where it came from, source and row counted from 1, to name it where something is wrong with it."""
 
+    source: str
     row: int
     item: Item
 
@@ -73,7 +64,7 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
 
     Args:
         source: A ``.jsonl``, ``.json``, ``.csv`` (also with ``.gz``) or ``.parquet`` file, ``builtin:demo/<name>``, or
-            a hub name (``owner/name`` or ``owner/name:config``).
+            a hub name (``owner/name`` or ``owner/name:config``); a list of them is read as one, one behind another.
         val_source: Validation rows, named likewise.
         val_size: Rows to take off the source for validation instead, by prompt, so that training shares none with them.
         batch_size: Examples per optimizer step over all processes together; more makes steps steadier and dearer.
@@ -83,7 +74,8 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
         tokenizer: Model folder or hub name to take the tokenizer from; ``None`` takes that of the module in training.
         split: Split of a hub data set.
         val_split: Split of a hub data set for validation.
-        limit: Rows of the source to use, the first ones; ``None`` uses all.
+        limit: Rows of each source to use, the first ones; ``None`` uses all.
+        skip: Rows of each source to leave out before those, so that two models learn from different rows; 0 is none.
         shuffle: Draw training rows in a random order that follows from the run's seed.
         bad_rows: What to do with a row that cannot be read: stop with an ``error`` that names it, or ``drop`` it, count
             it and name the first ones by file and line.
@@ -100,8 +92,8 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
 
     def __init__(
         self,
-        source: str,
-        val_source: str | None = None,
+        source: str | list[str],
+        val_source: str | list[str] | None = None,
         val_size: int = 0,
         *,
         batch_size: int = 8,
@@ -112,6 +104,7 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
         split: str = "train",
         val_split: str | None = None,
         limit: int | None = None,
+        skip: int = 0,
         shuffle: bool = True,
         bad_rows: Literal["error", "drop"] = "error",
         max_bad_share: float = 0.1,
@@ -121,19 +114,21 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
         for name, number in {"batch_size": batch_size, "val_batch_size": val_batch_size, "limit": limit}.items():
             if number is not None and number < 1:
                 raise UserError(f"{name} is {number}; expected at least 1.")
+        if skip < 0:
+            raise UserError(f"skip is {skip}; expected at least 0.")
         if val_size < 0 or (val_size and (val_source or val_split)):
             raise UserError(
                 f"val_size is {val_size}; expected 0 or more, and 0 where val_source or val_split name the validation "
                 "rows."
             )
-        if val_split and not is_hub_name(val_source or source):
+        if val_split and not all(map(is_hub_name, named_sources(val_source or source))):
             raise UserError(f"val_split {val_split!r} needs a hub data set; for files give val_source or val_size.")
         if not 0 <= max_bad_share <= 1:
             raise UserError(f"max_bad_share is {max_bad_share}; it must lie in [0, 1] (1 is off).")
         self.source, self.val_source, self.val_size = source, val_source, val_size
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.chat, self.stop_token, self.tokenizer_name = chat, stop_token, tokenizer
-        self.split, self.val_split, self.limit = split, val_split, limit
+        self.split, self.val_split, self.skip, self.limit = split, val_split, skip, limit
         self.shuffle, self.bad_rows, self.token_cache = shuffle, bad_rows, token_cache
         self.counts: Counter[str] = Counter()
         self.max_bad_share = max_bad_share
@@ -184,8 +179,8 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
             (self.source, self.split),
             (self.val_source or self.source, self.val_split or self.split),
         ]:
-            if is_hub_name(source):
-                read_rows(source, split=split)
+            for name in filter(is_hub_name, named_sources(source)):
+                read_rows(name, split=split)
 
     def setup(self, stage: str) -> None:
         """Read, parse, split and tokenise, once; training rows only if the stage is a training.
@@ -260,10 +255,10 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
         self._bad.clear()
         self._rows.clear()
         has_own_val = bool(self.val_source or self.val_split)
-        train = [] if has_own_val and not with_train else self._parsed("train", self.source, self.split, self.limit)
+        train = [] if has_own_val and not with_train else self._parsed("train", self.source, self.split)
         if has_own_val:
             val_source = self.val_source or self.source
-            val = self._parsed("val", val_source, self.val_split or self.split, None)
+            val = self._parsed("val", val_source, self.val_split or self.split)
             seen = {prompt_key(entry.prompt) for entry in train}
             self.counts["val_prompts_in_training"] = sum(prompt_key(entry.prompt) in seen for entry in val)
         else:
@@ -292,28 +287,34 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
             )
         return tokenizer
 
-    def _parsed(self, part: str, source: str, split: str, limit: int | None) -> list[Numbered[Item]]:
-        rows = read_rows(source, split=split)[:limit]
-        self.counts[f"{part}_rows"] = len(rows)
+    def _parsed(self, part: str, source: str | list[str], split: str) -> list[Numbered[Item]]:
+        return [entry for name in named_sources(source) for entry in self._parsed_one(part, name, split)]
+
+    def _parsed_one(self, part: str, source: str, split: str) -> list[Numbered[Item]]:
+        skip, limit = (self.skip, self.limit) if part == "train" else (0, None)
+        rows = read_rows(source, split=split)[skip:][:limit]
+        if not rows:
+            raise UserError(f"skip is {skip}, but {source!r} has no more rows than that; give a smaller one.")
+        self.counts[f"{part}_rows"] += len(rows)
         self._rows[source] += len(rows)
         items: list[Numbered[Item]] = []
-        for number, row in enumerate(rows, start=1):
+        for number, row in enumerate(rows, start=skip + 1):
             with self._naming_row(part, source, number):
-                found = [Numbered(number, item) for item in self.parse(row)]
+                found = [Numbered(source, number, item) for item in self.parse(row)]
                 wanted = [entry for entry in found if not (self.chat and _is_blank(entry.prompt))]
                 items += wanted
                 self.counts[f"{part}_dropped_unwanted"] += not found
                 self.counts[f"{part}_dropped_empty_prompt"] += len(found) - len(wanted)
         return items
 
-    def _encoded(self, part: str, source: str, items: list[Numbered[Item]]) -> list[Example]:
+    def _encoded(self, part: str, source: str | list[str], items: list[Numbered[Item]]) -> list[Example]:
         counts: Counter[str] = Counter()
         examples: list[Example] = []
-        for (number, item), encoded in self._tokenised(items, counts):
-            with self._naming_row(part, source, number):
+        for entry, encoded in self._tokenised(items, counts):
+            with self._naming_row(part, entry.source, entry.row):
                 if isinstance(encoded, UserError):
                     raise encoded
-                example = self.example(item, encoded, counts)
+                example = self.example(entry.item, encoded, counts)
                 examples += [] if example is None else [example]
         self.counts.update({f"{part}_{name}": number for name, number in counts.items()})
         self.counts[f"{part}_kept"] = len(examples)
@@ -367,22 +368,6 @@ class RowsDataModule(LightningDataModule, ABC, Generic[Item, Example, Batch]):
 
 def _located(source: str, number: int, what: str) -> str:
     return f"{source!r} row {number}{line_of_row(source, number)}: {what}"
-
-
-def content_digest(examples: Sequence[HasSequences]) -> str:
-    """Return a digest of all that examples hold, in their order.
-
-    Example:
-        >>> from rlhf_lightning.data.collate import SequenceExample
-        >>> content_digest([SequenceExample([1, 2], [3])]) == content_digest([SequenceExample([1], [2, 3])])
-        False
-    """
-    digest = hashlib.sha256()
-    for example in examples:
-        for part in example if isinstance(example, tuple) else example.sequences:
-            held = part.tobytes() if isinstance(part, array) else repr(part).encode()
-            digest.update(f"{len(held)} ".encode() + held)
-    return digest.hexdigest()
 
 
 def _is_blank(prompt: Prompt) -> bool:

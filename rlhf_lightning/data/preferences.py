@@ -29,7 +29,7 @@ class PreferenceDataModule(ResponsesDataModule[PreferencePair, PairExample | Mar
 
     Args:
         source: A ``.jsonl``, ``.json``, ``.csv`` (also with ``.gz``) or ``.parquet`` file, ``builtin:demo/<name>``, or
-            a hub name (``owner/name`` or ``owner/name:config``).
+            a hub name (``owner/name`` or ``owner/name:config``); a list of them is read as one, one behind another.
         val_source: Validation rows, named likewise.
         val_size: Rows to take off the source for validation instead, by prompt, so that training shares none with them.
         margin_column: Column that says how much better the chosen response is, a number of at least 0 in units of the
@@ -45,8 +45,8 @@ class PreferenceDataModule(ResponsesDataModule[PreferencePair, PairExample | Mar
 
     def __init__(
         self,
-        source: str,
-        val_source: str | None = None,
+        source: str | list[str],
+        val_source: str | list[str] | None = None,
         val_size: int = 0,
         *,
         margin_column: str | None = None,

@@ -26,7 +26,7 @@ class PromptDataModule(RowsDataModule[PromptItem, PromptExample, PromptBatch]):
 
     Args:
         source: A ``.jsonl``, ``.json``, ``.csv`` (also with ``.gz``) or ``.parquet`` file, ``builtin:demo/<name>``, or
-            a hub name (``owner/name`` or ``owner/name:config``).
+            a hub name (``owner/name`` or ``owner/name:config``); a list of them is read as one, one behind another.
         val_source: Validation rows, named likewise.
         val_size: Rows to take off the source for validation instead, by prompt, so that training shares none with them.
         rollout_batch_size: Responses per PPO iteration over all processes together; more makes an iteration's
@@ -46,8 +46,8 @@ class PromptDataModule(RowsDataModule[PromptItem, PromptExample, PromptBatch]):
 
     def __init__(
         self,
-        source: str,
-        val_source: str | None = None,
+        source: str | list[str],
+        val_source: str | list[str] | None = None,
         val_size: int = 0,
         rollout_batch_size: int = 16,
         responses_per_prompt: int = 1,

@@ -70,6 +70,25 @@ def check_source(source: str) -> None:
         raise UserError(f"data file {source!r} does not exist.{_nearest_file(Path(source))}")
 
 
+def named_sources(source: str | list[str]) -> list[str]:
+    """Return the sources that a setting names, one or several.
+
+    Raises:
+        UserError: If it names none, or one of them twice.
+
+    Example:
+        >>> named_sources("pairs.jsonl"), named_sources(["pairs.jsonl", "dolly.jsonl"])
+        (['pairs.jsonl'], ['pairs.jsonl', 'dolly.jsonl'])
+    """
+    names = [source] if isinstance(source, str) else list(source)
+    if not names:
+        raise UserError("the list of data sources is empty; name at least one.")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"data source {twice!r} is named twice in a list of sources; leave one out.")
+    return names
+
+
 def is_hub_name(source: str) -> bool:
     """Return whether ``source`` can only be meant as a data set on the hub.
 

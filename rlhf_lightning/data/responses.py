@@ -25,8 +25,8 @@ class ResponsesDataModule(RowsDataModule[Item, Example, Batch], ABC):
 
     def __init__(
         self,
-        source: str,
-        val_source: str | None = None,
+        source: str | list[str],
+        val_source: str | list[str] | None = None,
         val_size: int = 0,
         *,
         max_length: int = 512,

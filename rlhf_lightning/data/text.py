@@ -19,7 +19,7 @@ class DemonstrationDataModule(ResponsesDataModule[Demonstration, SequenceExample
 
     Args:
         source: A ``.jsonl``, ``.json``, ``.csv`` (also with ``.gz``) or ``.parquet`` file, ``builtin:demo/<name>``, or
-            a hub name (``owner/name`` or ``owner/name:config``).
+            a hub name (``owner/name`` or ``owner/name:config``); a list of them is read as one, one behind another.
         val_source: Validation rows, named likewise.
         val_size: Rows to take off the source for validation instead, by prompt, so that training shares none with them.
         responses: Which response of a preference pair to learn; ``both`` makes two demonstrations of it.
@@ -34,8 +34,8 @@ class DemonstrationDataModule(ResponsesDataModule[Demonstration, SequenceExample
 
     def __init__(
         self,
-        source: str,
-        val_source: str | None = None,
+        source: str | list[str],
+        val_source: str | list[str] | None = None,
         val_size: int = 0,
         *,
         responses: Literal["chosen", "rejected", "both"] = "chosen",

@@ -33,7 +33,7 @@ class UnpairedDataModule(ResponsesDataModule[LabelledResponse, LabelledExample, 
 
     Args:
         source: A ``.jsonl``, ``.json``, ``.csv`` (also with ``.gz``) or ``.parquet`` file, ``builtin:demo/<name>``, or
-            a hub name (``owner/name`` or ``owner/name:config``).
+            a hub name (``owner/name`` or ``owner/name:config``); a list of them is read as one, one behind another.
         val_source: Validation rows, named likewise.
         val_size: Rows to take off the source for validation instead, by prompt, so that training shares none with them.
         label_column: Column of the label, true or false (read as 1 and 0) or a number; preference pairs need none.
@@ -48,8 +48,8 @@ class UnpairedDataModule(ResponsesDataModule[LabelledResponse, LabelledExample, 
 
     def __init__(
         self,
-        source: str,
-        val_source: str | None = None,
+        source: str | list[str],
+        val_source: str | list[str] | None = None,
         val_size: int = 0,
         *,
         label_column: str = "label",

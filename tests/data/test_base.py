@@ -24,7 +24,7 @@ def write(folder: Path, rows: list[dict[str, Any]], name: str = "pairs.jsonl") -
     return str(folder / name)
 
 
-def pairs(source: str, stage: str = "fit", **settings: Any) -> PreferenceDataModule:
+def pairs(source: str | list[str], stage: str = "fit", **settings: Any) -> PreferenceDataModule:
     data = PreferenceDataModule(
         source, **{"tokenizer": "builtin:demo", "max_length": 64, "max_prompt_length": 32, **settings}
     )
@@ -259,3 +259,36 @@ def test_a_plain_trainer_drives_it_with_the_tokenizer_of_the_module(
     )
     pl.seed_everything(12, verbose=False)
     assert module.seen[:16] != responses(data.train_dataloader(), demo_tokenizer)
+
+
+def test_a_list_of_sources_is_read_as_one_and_a_bad_row_named_in_its_own(
+    tmp_path: Path, demo_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    first, second = write(tmp_path, PAIRS[:3]), write(tmp_path, PAIRS[10:12], "more.jsonl")
+    data = pairs([first, second], shuffle=False)
+    assert responses(data.train_dataloader(), demo_tokenizer)[:5] == ["yes 0", "yes 1", "yes 2", "yes 10", "yes 11"]
+    assert (data.counts["train_rows"], data.counts["train_kept"]) == (5, 5)
+    assert pairs(first, val_source=[first, second]).counts["val_rows"] == 5
+    broken = write(tmp_path, [PAIRS[0], {"prompt": "Hi", "chosen": "yes"}], "broken.jsonl")
+    with pytest.raises(UserError, match=r"broken\.jsonl' row 2: no column 'rejected'"):
+        pairs([first, broken])
+    with pytest.raises(UserError, match=r"pairs\.jsonl' is named twice in a list of sources"):
+        pairs([first, first])
+    with pytest.raises(UserError, match="the list of data sources is empty"):
+        pairs([])
+
+
+def test_skip_leaves_out_the_first_rows_of_each_source_of_training(
+    tmp_path: Path, demo_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    source = write(tmp_path, PAIRS)
+    data = pairs(source, val_source=source, skip=4, limit=2, shuffle=False)
+    assert responses(data.train_dataloader(), demo_tokenizer)[:2] == ["yes 4", "yes 5"]
+    assert (data.counts["train_rows"], data.counts["val_rows"]) == (2, 20)
+    broken = write(tmp_path, [*PAIRS, {"prompt": "Hi"}], "broken.jsonl")
+    with pytest.raises(UserError, match=r"broken\.jsonl' row 21: no column"):
+        pairs(broken, skip=19)
+    with pytest.raises(UserError, match=r"skip is 20, but .* has no more rows than that"):
+        pairs(source, skip=20)
+    with pytest.raises(UserError, match="skip is -1; expected at least 0"):
+        pairs(source, skip=-1)

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from rlhf_lightning.__main__ import main
 from rlhf_lightning.checkpoint_files import read_head
 from rlhf_lightning.checkpointing import RunCheckpoint
-from rlhf_lightning.data.base import content_digest
+from rlhf_lightning.data.digest import content_digest
 from rlhf_lightning.loggers import read_metrics
 from rlhf_lightning.taking_up import refuse_to_take_up
 

@@ -118,7 +118,7 @@ def test_both_skip_and_stop_where_one_goes_wrong(
     run_processes: Callable[[str, int, list[str]], None],
     tmp_path: Path,
 ) -> None:
-    run_processes(__file__, 2, [language_model, prompts(12).source, str(tmp_path)])
+    run_processes(__file__, 2, [language_model, str(prompts(12).source), str(tmp_path)])
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     what = {"sft": "step 2: the loss is inf", "ppo": "iteration 2: the rollout's 'score_reward' holds nan (and 1 more)"}
     for kind, words in what.items():
