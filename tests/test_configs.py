@@ -1,5 +1,6 @@
 """Every YAML under configs/ names classes and arguments that exist; the demo's are run elsewhere."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,16 @@ def test_a_comparison_config_parses(path: Path) -> None:
 def test_a_pipeline_names_configs_that_exist(path: Path) -> None:
     _, stages = read_pipeline(path)
     assert all(stage.config.is_file() for stage in stages)
+
+
+PUBLISHED = [path for path in CONFIGS if path.parent.name in ("a", "b") and path.stem != "pipeline"]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_each_number_of_a_published_experiment_has_its_source_beside_it(path: Path) -> None:
+    numbered = [line for line in path.read_text(encoding="utf-8").splitlines() if re.search(r": [-\d]", line)]
+    assert [line for line in numbered if "#" not in line] == []
+    assert any("published" in line for line in numbered)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))

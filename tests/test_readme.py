@@ -91,7 +91,7 @@ def run_tool(readme: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_tool_that_runs_the_commands_stops_at_the_first_that_fails(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    shown = ["test -f README.md  # in a copy", "rlhf-lightning fit --config configs/smollm/ppo.yaml"]
+    shown = ["test -f README.md  # in a copy", "rlhf-lightning fit --config configs/smollm/b/ppo.yaml"]
     shown += ["false", "echo never"]
     readme.write_text("```python\nno\n```\n```bash\n# nothing\n" + "\n".join(shown) + "\n```\n")
     done = run_tool(readme)
@@ -99,7 +99,7 @@ def test_the_tool_that_runs_the_commands_stops_at_the_first_that_fails(tmp_path:
     table = [line.split(maxsplit=1)[1] for line in done.stdout.partition("outcome, command\n")[2].splitlines()]
     assert table == [
         "ok: test -f README.md",
-        "not run: needs the hub: rlhf-lightning fit --config configs/smollm/ppo.yaml",
+        "not run: needs the hub: rlhf-lightning fit --config configs/smollm/b/ppo.yaml",
         "FAILED with status 1: false",
         "in all; 3 of 4 commands",
     ]
