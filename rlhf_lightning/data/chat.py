@@ -3,7 +3,7 @@
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from rlhf_lightning.data.rendering import UnboundedTemplateError, bounded, render_chat
 from rlhf_lightning.data.shapes import Message, Prompt, as_messages
@@ -147,6 +147,19 @@ class ConversationEncoder:
         # What is asked for where tokens run over the cut: rarely, but with some templates by every response.
         known.add(text for texts in good for text in _line_beginnings(texts, known))
         yield from (self._cut(texts, known) if isinstance(texts, _Rendered) else texts for texts in rendered)
+
+    def encode_whole(self, prompt: Prompt, response: str) -> list[int]:
+        """Return the ids of a prompt and a finished response as other programs have them: of one text, to its end.
+
+        In a chat that is all that the template writes, also behind the stop token; plain text ends with the stop token.
+        """
+        (whole,) = self._rendered(Conversation(prompt, (response,))).wholes
+        ids = self._before + self._ids(whole)
+        return ids if self.chat else [*ids, cast(int, self.stop_id)]
+
+    def after_stop(self, ids: list[int]) -> int:
+        """Return where the last stop token of some ids ends; their number where there is none."""
+        return next((at for at in range(len(ids), 0, -1) if ids[at - 1] == self.stop_id), len(ids))
 
     def _rendered(self, conversation: Conversation) -> _Rendered:
         prompt, responses = conversation

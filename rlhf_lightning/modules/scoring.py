@@ -83,6 +83,8 @@ class ScoringModule(MicroBatching, ModelModule):
                 head: Any = model.score
                 nn.init.normal_(head.weight, std=self.head_std)
             ensure_distinct_pad(model, self.tokenizer)
+            # Also where no token is noted, the entry tells that the last one is read (RewardModel.as_transformers).
+            model.config.scored_token_id = getattr(model.config, "scored_token_id", None)
             self.scalar = ScalarModel(add_adapters(model, self.lora))
             self._untrained_head = not is_sequence_classifier(self.start_config())
 

@@ -37,7 +37,7 @@ def write_pipeline(folder: Path, start: Path) -> Path:
     base, reward = "{run_dir}/sft/model", "{run_dir}/reward/model"
     scored = {"class_path": "RewardModel", "init_args": {"path": str(start)}}
     prompts = {"source": "builtin:demo/prompts", "limit": 16, "rollout_batch_size": 8, "max_prompt_length": 40}
-    pairs = {"rows": LENGTHS | {"batch_size": 4}, "data": "PreferenceDataModule"}
+    pairs: dict[str, Any] = {"rows": LENGTHS | {"batch_size": 4}, "data": "PreferenceDataModule"}
     critic = {"class_path": "SeparateCritic", "init_args": {"init_from": str(start)}}
     configs: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
         "sft": (
