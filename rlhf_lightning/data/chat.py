@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from rlhf_lightning.data.rendering import UnboundedTemplateError, bounded, render_chat
+from rlhf_lightning.data.rendering import UnboundedTemplateError, bounded, render_chat, trimmed_template
 from rlhf_lightning.data.shapes import Message, Prompt, as_messages
 from rlhf_lightning.errors import UserError, did_you_mean
 
@@ -268,6 +268,27 @@ def _portions(texts: Sequence[str]) -> Iterator[list[str]]:
             portion, size = [], 0
     if portion:
         yield portion
+
+
+def end_chats_at_stop(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Let the chat template write nothing behind the last stop token where it writes blanks there, in place.
+
+    A reward model is read at that token, and every other program reads it at the end of what its template writes.
+    A template that cannot be trimmed so is left as it is.
+    """
+    template = tokenizer.chat_template
+    if not isinstance(template, str) or tokenizer.eos_token_id is None:
+        return
+    try:
+        whole = ConversationEncoder(tokenizer).encode_whole("a", "b")
+        tokenizer.chat_template = trimmed_template(template)
+        encoder = ConversationEncoder(tokenizer)
+        trimmed = encoder.encode_whole("a", "b")
+        fits = trimmed == whole[: encoder.after_stop(whole)] != whole
+    except UserError:  # a template that needs more than a turn
+        fits = False
+    if not fits:
+        tokenizer.chat_template = template
 
 
 def truncate_left(ids: list[int], max_length: int | None, *, bos_id: int | None = None) -> list[int]:

@@ -27,6 +27,10 @@ MAX_LETTERS = 1_000_000
 _running = False  # within bounds already
 
 
+#: What is put around a chat template so that it ends a conversation without blanks behind it.
+_TRIMMED = "{% set whole %}", "{% endset %}{{ whole if add_generation_prompt else whole.rstrip() }}"
+
+
 class UnboundedTemplateError(UserError):
     """A chat template goes beyond all bounds; no row of the data is to blame, so none is dropped for it."""
 
@@ -72,6 +76,23 @@ def render_chat(
     if len(text) > MAX_LETTERS + 10 * sum(len(message["content"]) for message in messages):
         raise _unbounded(name, f"{len(text):,} letters")
     return str(text)
+
+
+def trimmed_template(template: str) -> str:
+    """Return a chat template that writes the same, but no blanks behind the end of a conversation.
+
+    Example:
+        >>> plain_template(trimmed_template("{{ messages }} ")) == plain_template("{{ messages }} ")
+        True
+    """
+    return plain_template(template).join(_TRIMMED)
+
+
+def plain_template(template: str) -> str:
+    """Return the chat template that :func:`trimmed_template` was given, or one that it never was as it is."""
+    before, after = _TRIMMED
+    trimmed = template.startswith(before) and template.endswith(after)
+    return template[len(before) : -len(after)] if trimmed else template
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.algorithm.score_transforms import global_moments
 from rlhf_lightning.checkpoint_files import CHECKPOINT_KEY
+from rlhf_lightning.data.chat import end_chats_at_stop
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.sequences import SequenceBatch
 from rlhf_lightning.models.loading import is_sequence_classifier, load_sequence_classifier
@@ -83,6 +84,7 @@ class ScoringModule(MicroBatching, ModelModule):
                 head: Any = model.score
                 nn.init.normal_(head.weight, std=self.head_std)
             ensure_distinct_pad(model, self.tokenizer)
+            end_chats_at_stop(self.tokenizer)
             # Also where no token is noted, the entry tells that the last one is read (RewardModel.as_transformers).
             model.config.scored_token_id = getattr(model.config, "scored_token_id", None)
             self.scalar = ScalarModel(add_adapters(model, self.lora))

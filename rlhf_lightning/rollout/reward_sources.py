@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.data.rendering import plain_template
 from rlhf_lightning.data.shapes import Prompt
 from rlhf_lightning.data.token_cache import tokenizer_digest
 from rlhf_lightning.errors import UserError
@@ -396,9 +397,15 @@ class WeightedSum(RewardSource):
 
 def same_tokenization(a: "PreTrainedTokenizerBase", b: "PreTrainedTokenizerBase") -> bool:
     """Tell whether tokens of ``a`` mean the same to ``b``, which may have more, and both template chats alike."""
-    if foreign_token(a, b) is not None or (a.chat_template or "") != (b.chat_template or ""):
+    if foreign_token(a, b) is not None or _template(a) != _template(b):
         return False
     if a.is_fast and b.is_fast:
         parts = [json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (a, b)]
         return all(parts[0][key] == parts[1][key] for key in ("model", "normalizer", "pre_tokenizer"))
     return type(a) is type(b)
+
+
+def _template(tokenizer: "PreTrainedTokenizerBase") -> object:
+    """Return the chat template; that of a reward model of ours as it was before it was trimmed."""
+    template = tokenizer.chat_template or ""
+    return plain_template(template) if isinstance(template, str) else template

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from rlhf_lightning.data.chat import ConversationEncoder
+from rlhf_lightning.data.chat import ConversationEncoder, end_chats_at_stop
+from rlhf_lightning.models.loading import load_tokenizer
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.rollout.reward_sources import RewardModel
@@ -86,3 +87,40 @@ def test_ours_scores_alike_in_transformers(make_tokenizer: MakeTokenizer, tmp_pa
     batch = source.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
     logits = theirs(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
     torch.testing.assert_close(logits, ours, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_chat_that_its_own_template_writes_is_read_where_ours_was_trained(
+    make_tokenizer: MakeTokenizer, tmp_path: Path, side: str
+) -> None:
+    """ChatML writes a line end behind the stop token, which would be read elsewhere; the exported template does not."""
+    tokenizer = make_tokenizer(pad_token="<|im_end|>")
+    RewardModule(write(tmp_path / "start", classifier(tokenizer), tokenizer)).export_model(tmp_path / "ours")
+    source = RewardModel(str(tmp_path / "ours"))
+    source.setup(tokenizer)
+    assert source.same_tokens
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours").eval()
+    found = scores_by_transformers(theirs, load_tokenizer(str(tmp_path / "ours")), side=side)
+    assert found == pytest.approx(source.score(policys_batch(tokenizer)).total.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("template", [OTHER_TEMPLATE, "{{ raise_exception('no') }}", None])
+def test_a_template_that_ends_there_or_cannot_be_tried_stays(
+    make_tokenizer: MakeTokenizer, template: str | None
+) -> None:
+    tokenizer = make_tokenizer(chat_template=template)
+    end_chats_at_stop(tokenizer)
+    assert tokenizer.chat_template == template
+
+
+def test_a_trimmed_template_still_begins_a_reply_and_is_not_trimmed_twice(make_tokenizer: MakeTokenizer) -> None:
+    plain, tokenizer = make_tokenizer(), make_tokenizer()
+    end_chats_at_stop(tokenizer)
+    once = tokenizer.chat_template
+    end_chats_at_stop(tokenizer)
+    assert tokenizer.chat_template == once != plain.chat_template
+    asked = [{"role": "user", "content": "Why? "}]
+    texts = [each.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) for each in (plain, tokenizer)]
+    assert texts[0] == texts[1]
+    assert ConversationEncoder(plain).encode("Why?", "So. ") == ConversationEncoder(tokenizer).encode("Why?", "So. ")
