@@ -71,16 +71,46 @@ def _parsed(parser: OneLineErrors, argv: list[str]) -> dict[str, Any]:
     return {key: value for key, value in vars(arguments).items() if key != "config"}
 
 
-def export(ckpt: str, output: str) -> None:
-    """Write the trained model of a checkpoint as a Hugging Face folder.
+def export(
+    ckpt: str,
+    output: str,
+    report: str | None = None,
+    report_model: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
+) -> None:
+    """Write the trained model of a checkpoint as a Hugging Face folder with a model card.
+
+    The card, ``README.md``, is made of what the run has recorded: its config, logs and samples, and a comparison that
+    measured the model.
 
     Args:
         ckpt: Checkpoint of a run, such as ``runs/ppo-1/checkpoints/last.ckpt``.
-        output: Folder to write: weights (safetensors), config, tokenizer, chat template. It must not hold files yet.
-    """
-    from rlhf_lightning.models.export import export_checkpoint
+        output: Folder to write: weights (safetensors), config, tokenizer, chat template, card. It must not hold files
+            yet.
+        report: Folder that ``compare`` has written, whose results the card shows; ``null`` takes the newest beside the
+            run's folder that measured these weights, if there is one.
+        report_model: What that comparison calls the model; ``null`` finds the one of the same weights.
+        push_to_hub: Repository to upload the folder to, as ``owner/name`` or ``name``; it is made if there is none. The
+            token is the one that huggingface_hub finds (``hf auth login`` or ``HF_TOKEN``). ``null`` uploads nothing.
+        private: Make a new repository private.
 
-    print(f"model written to {export_checkpoint(ckpt, output)}")
+    Raises:
+        UserError: If the checkpoint, the report or the repository is not what it should be.
+    """
+    from rlhf_lightning.hub import check_repository, push_folder
+    from rlhf_lightning.model_card.export import export_with_card
+
+    if report_model is not None and report is None:
+        raise UserError("report_model names a model of a report; give --report FOLDER with it.")
+    if private and push_to_hub is None:
+        raise UserError("private is for a repository that is pushed to; give --push_to_hub OWNER/NAME with it.")
+    if push_to_hub is not None:
+        check_repository(push_to_hub)
+    folder = export_with_card(ckpt, output, report=report, report_model=report_model, repository=push_to_hub)
+    print(f"model written to {folder}")
+    if push_to_hub is not None:
+        print(f"uploaded to {push_folder(folder, push_to_hub, private=private)}")
 
 
 def generate(

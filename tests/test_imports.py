@@ -18,7 +18,8 @@ ALLOWED = {
     "algorithm": {"functional", "models", "rollout"},
     "modules": {"functional", "models", "data", "rollout", "algorithm", "metrics"},
     "evaluation": {"functional", "models", "data", "rollout", "loggers", "metrics"},
-    "callbacks": {"loggers", "evaluation"},
+    "model_card": {"data", "evaluation", "loggers", "models"},
+    "callbacks": {"loggers", "evaluation", "model_card"},
     "planning": {"data", "models", "modules", "rollout", "algorithm", "cli"},
 }
 OPEN_TO_ALL = {"checkpoint_files", "earlier", "errors", "markdown", "seeding", "distributed"}

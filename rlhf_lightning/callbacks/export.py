@@ -18,7 +18,8 @@ class ExportModel(pl.Callback):
 
     The folder is written under another name beside it and then renamed, so that whoever sees it sees all of it; an
     earlier one stays until the new one is complete. Nothing is written after an error, an interruption or a
-    ``fast_dev_run``: that the folder is there says that the run is complete.
+    ``fast_dev_run``: that the folder is there says that the run is complete. Beside the model stands its card,
+    ``README.md``, with the settings and curves of the run.
 
     Args:
         directory: Where to write, relative to the run's folder (``trainer.default_root_dir``).
@@ -51,11 +52,33 @@ class ExportModel(pl.Callback):
         shutil.rmtree(unfinished, ignore_errors=True)
         module: Any = pl_module
         module.export_model(unfinished)
+        _write_card(trainer, module, unfinished)
         replace_folder(unfinished, target)
         logger.info("model written to %s", target)
 
     def _target(self, trainer: pl.Trainer) -> Path:
         return Path(trainer.default_root_dir) / self.directory
+
+
+def _write_card(trainer: pl.Trainer, module: Any, folder: Path) -> None:
+    """Write the card of a module that records its run; a trained model is not lost for a card that fails."""
+    if not callable(getattr(module, "training_record", None)):
+        return
+    from rlhf_lightning.model_card.card import write_card
+    from rlhf_lightning.model_card.records import kept_settings, records_of_run
+
+    try:
+        records = records_of_run(
+            Path(trainer.default_root_dir),
+            module=type(module).__name__,
+            model_class=type(module.exported_model).__name__,
+            step=trainer.global_step,
+            record=module.training_record(),
+            settings=kept_settings(module.hparams_initial, getattr(trainer.datamodule, "hparams_initial", {})),  # type: ignore[attr-defined]
+        )
+        write_card(folder, records)
+    except Exception:
+        logger.exception("the model card could not be written; the model itself is whole")
 
 
 def replace_folder(finished: Path, target: Path) -> None:

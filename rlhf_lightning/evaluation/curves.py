@@ -66,8 +66,14 @@ def training_seconds(curves: Mapping[str, str]) -> dict[str, float]:
     Returns:
         Seconds; a run whose rows carry no time is left out.
     """
-    times = {name: [row["time"] for row in _read(name, Path(path)) if "time" in row] for name, path in curves.items()}
-    return {name: _whole(seconds) for name, seconds in times.items() if seconds}
+    times = {name: training_seconds_of(_read(name, Path(path))) for name, path in curves.items()}
+    return {name: seconds for name, seconds in times.items() if seconds is not None}
+
+
+def training_seconds_of(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return how long a run had trained when it logged the last of these rows; ``None`` where they carry no time."""
+    seconds = [row["time"] for row in rows if "time" in row]
+    return _whole(seconds) if seconds else None
 
 
 def plots_of(rows: Sequence[Mapping[str, Any]], where: str = "metrics") -> list[Plot]:

@@ -214,6 +214,7 @@ class Comparison:
             "reward": self.reward,
             "training_s": dict(self.training_s),
             "models": plain_data(self.models),
+            "table": {"columns": self.names, "rows": plain_data(self.table)},
             "sections": {section.key: section.as_dict() for section in self.sections},
             "questions": [asdict(question) for question in self.questions],
         }

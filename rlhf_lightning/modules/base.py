@@ -34,6 +34,7 @@ from rlhf_lightning.modules.nonfinite import (
     trained_weights,
 )
 from rlhf_lightning.modules.restarts import count_begun_epoch
+from rlhf_lightning.modules.training_record import training_record
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -172,6 +173,10 @@ class ModelModule(LightningModule):
         self.configure_model()
         write_model_folder(directory, self.exported_model, self.tokenizer)
 
+    def training_record(self) -> dict[str, Any]:
+        """Return what a model card tells of the run beside its config; nothing where there is no Trainer."""
+        return {} if self._trainer is None else training_record(self)
+
     def texts(self, batch: SequenceBatch) -> tuple[list[str], list[str]]:
         """Return prompt and response of each row as the model reads them, special tokens included."""
         prompts, responses = [], []
@@ -208,6 +213,7 @@ class ModelModule(LightningModule):
             "adapters": adapter_settings(self),
             "module": type(self).__name__,
             "nonfinite_steps": self.nonfinite.count,
+            "record": self.training_record(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
