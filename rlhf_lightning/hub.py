@@ -2,9 +2,12 @@
 
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd
 
 
 def check_repository(repository: str) -> None:
@@ -53,19 +56,27 @@ def push_folder(folder: str | Path, repository: str, *, private: bool = False) -
 
     # What its HTTP library raises of a network that is down is no OSError in each release.
     http: tuple[Any, ...] = HfHubHTTPError.__bases__
-    failures: tuple[type[Exception], ...] = (*http, OSError, ValueError, RuntimeError)
+    failures: tuple[type[Exception], ...] = (*http, OSError, ValueError, KeyError, RuntimeError)
     api = HfApi(library_name="rlhf_lightning", library_version=__version__)
     done = "nothing was uploaded"
     try:
         url = api.create_repo(repository, private=private or None, exist_ok=True)
         done = f"the repository {url.repo_id} is there, but no commit was confirmed"
-        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload the model and its card")
+        api.create_commit(url.repo_id, _additions(Path(folder)), commit_message="Upload the model and its card")
     except failures as failure:
         raise UserError(
             f"push_to_hub: {_reason(failure, repository)}; {done}. The folder '{folder}' is complete; upload it later "
             f"with: hf upload {repository} '{folder}'"
         ) from failure
     return str(url)
+
+
+def _additions(folder: Path) -> "list[CommitOperationAdd]":
+    """Return all files of a folder for one commit; ``upload_folder`` may make several of them, and stop in between."""
+    from huggingface_hub import CommitOperationAdd
+
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
 
 
 def _reason(failure: Exception, repository: str) -> str:

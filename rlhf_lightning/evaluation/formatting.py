@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -53,6 +54,17 @@ def fitting(label: str, room: float, *, letter: float = 6.6) -> str:
     letters = max(3, int(room / letter))
     half = (letters - 1) // 2
     return label if len(label) <= letters else f"{label[: letters - 1 - half]}…{label[-half:]}"
+
+
+def without_homes(text: str) -> str:
+    """Write ``~`` for the home folder, wherever in a text it stands.
+
+    Example:
+        >>> without_homes(f"from {Path.home() / 'models'}")
+        'from ~/models'
+    """
+    home = str(Path.home())
+    return re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text) if len(home) > 1 else text
 
 
 def text_table(rows: Sequence[TableRow], names: Sequence[str]) -> str:

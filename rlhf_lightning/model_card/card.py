@@ -11,6 +11,7 @@ from rlhf_lightning.evaluation.formatting import TableRow, plain, written
 from rlhf_lightning.markdown import escape_cell, escape_line, markdown_table
 from rlhf_lightning.model_card.comparison import MeasuredModel, MeasuredTable
 from rlhf_lightning.model_card.figures import CurveFile, write_curves
+from rlhf_lightning.model_card.files import write_text
 from rlhf_lightning.model_card.limits import limits
 from rlhf_lightning.model_card.metadata import algorithm_of, last_validation, metadata, one_line
 from rlhf_lightning.model_card.methods import references
@@ -20,7 +21,7 @@ from rlhf_lightning.model_card.settings import classes_of, setting_rows
 from rlhf_lightning.model_card.usage import loading_code
 
 #: What Markdown reads as it stands between backticks, in a table too.
-_PLAIN = re.compile(r"[\w.,:;=+/()\[\] -]+")
+_PLAIN = re.compile(r"[\w.,:;=+/\[\] -]+")
 _BY = {
     "sft": "supervised fine-tuning",
     "reward": "comparing the two sides of preference pairs",
@@ -75,7 +76,7 @@ def write_card(
     ]
     block = metadata(records, measured, title).to_yaml(line_break="\n")
     text = f"---\n{block}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
-    (directory / "README.md").write_text(_without_homes(text), encoding="utf-8", newline="\n")
+    write_text(directory / "README.md", text)
 
 
 def _introduction(records: RunRecords) -> str:
@@ -185,7 +186,7 @@ def _rows_of(data: dict[str, Any], key: str, part: str) -> str:
     own = {name.removeprefix(f"{part}_"): n for name, n in counts.items() if name.startswith(f"{part}_")}
     own.pop("prompts_in_training", None)
     source = _code(data[key]) if data.get(key) else ""
-    told = ", ".join(f"{name.replace('_', ' ')} {number:,}" for name, number in own.items())
+    told = ", ".join(f"{escape_cell(name.replace('_', ' '))} {number:,}" for name, number in own.items())
     return ": ".join(part for part in (source, told) if part)
 
 
@@ -208,9 +209,3 @@ def _origin(records: RunRecords, measured: MeasuredModel | None) -> str:
 def _code(value: Any) -> str:
     text = one_line(str(value))
     return f"`{text}`" if _PLAIN.fullmatch(text) else f"<code>{escape_cell(text)}</code>"
-
-
-def _without_homes(text: str) -> str:
-    """Write ``~`` for the home folder, wherever it stands."""
-    home = str(Path.home())
-    return re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text) if len(home) > 1 else text

@@ -40,12 +40,14 @@ class MeasuredModel:
     """A comparison from the point of view of one of its models.
 
     Attributes:
+        folder: Where it lies.
         own: What the comparison calls the model.
         report: Content of ``report.json``.
         tables: The table of all measures, then those of the sections.
         samples: Rows of ``samples.jsonl``.
     """
 
+    folder: Path
     own: str
     report: Mapping[str, Any]
     tables: list[MeasuredTable]
@@ -66,21 +68,24 @@ class MeasuredModel:
                 yield row, cell
 
 
-def check_report(folder: str | Path) -> None:
-    """Refuse what no comparison has written.
+def check_report(folder: str | Path, name: str | None = None) -> None:
+    """Refuse what no comparison has written, or one that does not know a model of this name.
 
     Raises:
         UserError: If that is so, or it is damaged or of an earlier version.
     """
-    folder = Path(folder)
-    _measured(folder, _read_report(folder), "")
+    report = _read_report(Path(folder))
+    _measured(Path(folder), report, "")
+    names = [str(model["name"]) for model in report["models"]]
+    if name is not None and name not in names:
+        raise UserError(f"report_model is {name!r}; '{folder}' compares {', '.join(names)}.{did_you_mean(name, names)}")
 
 
 def named_comparison(folder: str | Path, name: str | None, weights: Path, checkpoint: Path) -> MeasuredModel:
     """Read the comparison that a user names.
 
     Args:
-        folder: What ``compare`` has written.
+        folder: What ``compare`` has written; :func:`check_report` has looked at it.
         name: What it calls the model; ``None`` finds the one that has the same weights.
         weights: Folder with the exported weights.
         checkpoint: What was exported.
@@ -88,26 +93,24 @@ def named_comparison(folder: str | Path, name: str | None, weights: Path, checkp
     Raises:
         UserError: If it is none, or the model is not in it.
     """
-    report = _read_report(Path(folder))
-    names = [str(model["name"]) for model in report["models"]]
+    folder = Path(folder)
+    report = _read_report(folder)
     if name is None:
-        own = [str(model["name"]) for model in report["models"] if _same_model(model, weights, checkpoint)]
+        own = [str(model["name"]) for model in report["models"] if _same_model(model, folder, weights, checkpoint)]
         if not own:
+            names = ", ".join(str(model["name"]) for model in report["models"])
             raise UserError(
-                f"none of the models of '{folder}' ({', '.join(names)}) has the weights of '{checkpoint}'; name "
-                f"the one that it is by --report_model, or {_AGAIN}"
+                f"none of the models of '{folder}' ({names}) has the weights of '{checkpoint}'; name the one that it "
+                f"is by --report_model, or {_AGAIN}"
             )
-        name = own[-1]
-    elif name not in names:
-        raise UserError(f"report_model is {name!r}; '{folder}' compares {', '.join(names)}.{did_you_mean(name, names)}")
-    else:
-        model = next(model for model in report["models"] if model["name"] == name)
-        if _place_of(model) is not None and not _same_model(model, weights, checkpoint):
-            raise UserError(
-                f"{name!r} in '{folder}' was measured with other weights ({model['path']}) than those of "
-                f"'{checkpoint}'; {_AGAIN}"
-            )
-    return _measured(Path(folder), report, name)
+        return _measured(folder, report, own[-1])
+    model = next(model for model in report["models"] if model["name"] == name)
+    if _place_of(model, folder) is not None and not _same_model(model, folder, weights, checkpoint):
+        raise UserError(
+            f"{name!r} in '{folder}' was measured with other weights ({model['path']}) than those of '{checkpoint}'; "
+            f"{_AGAIN}"
+        )
+    return _measured(folder, report, name)
 
 
 def comparison_beside(run_dir: Path, weights: Path, checkpoint: Path) -> MeasuredModel | None:
@@ -118,21 +121,19 @@ def comparison_beside(run_dir: Path, weights: Path, checkpoint: Path) -> Measure
         weights: Folder with the exported weights.
         checkpoint: What was exported.
     """
-    found = []
+    found: list[MeasuredModel] = []
     for path in sorted(run_dir.resolve().parent.glob("*/report.json")):
         try:
             report = _read_report(path.parent)
+            own = [model for model in report["models"] if _same_model(model, path.parent, weights, checkpoint)]
+            if own and not _is_newer(own[-1], path):
+                found.append(_measured(path.parent, report, str(own[-1]["name"])))
         except UserError as fault:
             logger.info("left out of the model card: %s", fault)
-            continue
-        own = [model for model in report["models"] if _same_model(model, weights, checkpoint)]
-        if own and not _is_newer(own[-1], path):
-            found.append((str(report["created"]), path.parent, report, str(own[-1]["name"])))
-    if not found:
-        return None
-    _, folder, report, name = max(found, key=lambda entry: entry[0])
-    logger.info("measured results of %r are from %s", name, folder)
-    return _measured(folder, report, name)
+    newest = max(found, key=lambda measured: str(measured.report["created"]), default=None)
+    if newest is not None:
+        logger.info("the model card shows what %s measured of %r", newest.folder, newest.own)
+    return newest
 
 
 def _read_report(folder: Path) -> dict[str, Any]:
@@ -149,13 +150,20 @@ def _read_report(folder: Path) -> dict[str, Any]:
     if not isinstance(report.get("table"), dict):
         raise UserError(f"'{path}' is of an earlier version and holds no table; {_AGAIN}")
     try:
-        assert report["base"] in [model["name"] for model in report["models"]]
-        assert all(isinstance(model["path"], str) for model in report["models"])
-        _tables(report)
-        str(report["created"]), int(report["seed"]), report["prompts"]["source"], report["sampling"]["max_new_tokens"]
-    except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as fault:
+        _check_entries(report)
+    except (KeyError, TypeError, ValueError, AttributeError) as fault:
         raise UserError(f"'{path}' is damaged ({type(fault).__name__}); {_AGAIN}") from fault
     return dict(report)
+
+
+def _check_entries(report: Mapping[str, Any]) -> None:
+    """Raise what Python raises where something is missing that the card reads, or is of another kind."""
+    names = [str(model["name"]) for model in report["models"] if Path(model["path"])]
+    if report["base"] not in names or names != report["table"]["columns"] or not isinstance(report["created"], str):
+        raise ValueError("the models, the base and the columns of the table do not go together")
+    _tables(report)
+    int(report["seed"]), str(report["prompts"]["source"]), float(report["sampling"]["temperature"])
+    int(report["sampling"]["max_new_tokens"])
 
 
 def _measured(folder: Path, report: dict[str, Any], name: str) -> MeasuredModel:
@@ -167,7 +175,7 @@ def _measured(folder: Path, report: dict[str, Any], name: str) -> MeasuredModel:
         complete = False
     if not complete:
         raise UserError(f"'{path}' is damaged; {_AGAIN}")
-    return MeasuredModel(name, report, _tables(report), samples)
+    return MeasuredModel(folder, name, report, _tables(report), samples)
 
 
 def _tables(report: Mapping[str, Any]) -> list[MeasuredTable]:
@@ -192,15 +200,19 @@ def _cell(value: Any) -> Interval | float | None:
     return None if value is None else float(value)
 
 
-def _place_of(model: Mapping[str, Any]) -> Path | None:
-    """Return the folder or checkpoint that a model was measured from, if it is there."""
+def _place_of(model: Mapping[str, Any], folder: Path) -> Path | None:
+    """Return the folder or checkpoint that a model was measured from, if it is there.
+
+    A relative path is one from where ``compare`` was started, which is most often here or above the report.
+    """
     path = Path(model["path"]).expanduser()
-    return path if path.exists() else None
+    places = [path] if path.is_absolute() else [above / path for above in (Path(), *folder.resolve().parents)]
+    return next((place for place in places if place.exists()), None)
 
 
-def _same_model(model: Mapping[str, Any], weights: Path, checkpoint: Path) -> bool:
+def _same_model(model: Mapping[str, Any], folder: Path, weights: Path, checkpoint: Path) -> bool:
     """Tell whether a model of a comparison is the exported one: the same checkpoint, or the same files of weights."""
-    place = _place_of(model)
+    place = _place_of(model, folder)
     if place is None or place.is_file():
         return place is not None and place.samefile(checkpoint)
     names = {path.name for path in weights.glob("*.safetensors")}
@@ -210,6 +222,6 @@ def _same_model(model: Mapping[str, Any], weights: Path, checkpoint: Path) -> bo
 
 def _is_newer(model: Mapping[str, Any], report: Path) -> bool:
     """Tell whether a model was written after its report, which then measured what was there before."""
-    place = _place_of(model)
+    place = _place_of(model, report.parent)
     files = [place] if place is None or place.is_file() else [*place.glob("*.safetensors")]
     return any(path is not None and path.stat().st_mtime > report.stat().st_mtime for path in files)

@@ -35,7 +35,7 @@ def export_with_card(
     """
     checkpoint = Path(checkpoint)
     if report is not None:
-        check_report(report)
+        check_report(report, report_model)
     folder = export_checkpoint(checkpoint, output)
     try:
         records = records_of_checkpoint(checkpoint)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.curves import Plot, plots_of
 from rlhf_lightning.evaluation.plots import line_chart
+from rlhf_lightning.model_card.files import write_text
 
 FOLDER = "curves"
 MAX_FIGURES = 6
@@ -50,7 +51,7 @@ def write_curves(directory: Path, metrics: Sequence[Mapping[str, Any]]) -> list[
         name = re.sub(r"[^a-z0-9]+", "-", plot.title.lower()).strip("-")
         path = f"{FOLDER}/{len(written) + 1}-{name}.svg"
         (directory / FOLDER).mkdir(exist_ok=True)
-        (directory / path).write_text(standalone(plot), encoding="utf-8")
+        write_text(directory / path, standalone(plot))
         written.append(CurveFile(plot.title, path, [line.label for line in plot.series]))
     return written
 

@@ -67,8 +67,9 @@ def one_line(text: str) -> str:
 
 def _hub_data(records: RunRecords) -> list[str]:
     """Return the data sets of the hub that the run read, without their configs."""
-    sources = [str(records.data.get("source") or "")]
-    return [name for source in sources if is_hub_name(source) and (name := one_line(source.partition(":")[0]))]
+    source = str(records.data.get("source") or "")
+    name = source.partition(":")[0]
+    return [name] if is_hub_name(source) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else []
 
 
 def _measured_results(measured: MeasuredModel | None) -> "Iterator[EvalResult]":

@@ -86,6 +86,32 @@ def test_the_end_of_fit_writes_the_trained_model(tmp_path: Path) -> None:
     assert float((tmp_path / "model" / "weights").read_text()) == pytest.approx(before - 0.3, abs=1e-6)
 
 
+class Recording(Exportable):
+    """A module that says what it has done, as those of the package do."""
+
+    @property
+    def exported_model(self) -> torch.nn.Module:
+        return self.layer
+
+    def training_record(self) -> dict[str, Any]:
+        if self.trouble == "record":
+            raise RuntimeError("no record")
+        return {"hardware": "an abacus"}
+
+
+def test_the_model_has_its_card(tmp_path: Path) -> None:
+    fit(tmp_path, Recording())
+    assert files(tmp_path) == ["model/README.md", "model/sub/config", "model/weights"]
+    assert "| Hardware | an abacus |" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_a_card_that_fails_costs_no_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fit(tmp_path, Recording("record"))
+    assert files(tmp_path) == ["model/sub/config", "model/weights"]
+    assert "the model card could not be written; the model itself is whole" in caplog.text
+    assert "no record" in caplog.text
+
+
 def test_an_earlier_model_is_replaced_as_a_whole(tmp_path: Path) -> None:
     old_model(tmp_path)
     fit(tmp_path, Exportable())
