@@ -62,18 +62,19 @@ class ExportModel(pl.Callback):
 
 def _write_card(trainer: pl.Trainer, module: Any, folder: Path) -> None:
     """Write the card of a module that records its run; a trained model is not lost for a card that fails."""
-    if not callable(getattr(module, "training_record", None)):
-        return
     from rlhf_lightning.model_card.card import write_card
     from rlhf_lightning.model_card.records import kept_settings, records_of_run
 
     try:
+        record: dict[str, Any] = getattr(module, "training_record", dict)()
+        if not record:  # a module of another kind
+            return
         records = records_of_run(
             Path(trainer.default_root_dir),
             module=type(module).__name__,
             model_class=type(module.exported_model).__name__,
             step=trainer.global_step,
-            record=module.training_record(),
+            record=record,
             settings=kept_settings(module.hparams_initial, getattr(trainer.datamodule, "hparams_initial", {})),  # type: ignore[attr-defined]
         )
         write_card(folder, records)

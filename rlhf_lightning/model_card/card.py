@@ -113,9 +113,9 @@ def _how_measured(measured: MeasuredModel) -> str:
     report, prompts = measured.report, measured.report["prompts"]
     score = f" Scores are from {escape_line(str(report['reward']))}." if report.get("reward") else ""
     return (
-        f"This model is <b>{escape_cell(measured.own)}</b>. {prompts.get('count')} of {prompts.get('available')} "
+        f"This model is <b>{escape_cell(measured.own)}</b>. {int(prompts['count']):,} of {int(prompts['available']):,} "
         f"prompts of {_code(prompts['source'])} were answered once by each model, at most "
-        f"{report['sampling']['max_new_tokens']} tokens.{score} In brackets: 95 % intervals."
+        f"{int(report['sampling']['max_new_tokens'])} tokens.{score} In brackets: 95 % intervals."
     )
 
 

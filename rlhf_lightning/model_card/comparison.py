@@ -162,8 +162,9 @@ def _check_entries(report: Mapping[str, Any]) -> None:
     if report["base"] not in names or names != report["table"]["columns"] or not isinstance(report["created"], str):
         raise ValueError("the models, the base and the columns of the table do not go together")
     _tables(report)
-    int(report["seed"]), str(report["prompts"]["source"]), float(report["sampling"]["temperature"])
-    int(report["sampling"]["max_new_tokens"])
+    prompts, sampling = report["prompts"], report["sampling"]
+    int(report["seed"]), str(prompts["source"]), int(prompts["count"]), int(prompts["available"])
+    int(sampling["max_new_tokens"]), float(sampling["temperature"])
 
 
 def _measured(folder: Path, report: dict[str, Any], name: str) -> MeasuredModel:

@@ -23,9 +23,8 @@ def compared_samples(measured: MeasuredModel) -> list[str]:
     rows = [by_row[sorted(by_row)[number]] for number in numbers]
     parts = _asked(measured, names)
     if rows:
-        sampling = measured.report["sampling"]
-        greedy = sampling.get("temperature") == 0
-        how = "Greedy" if greedy else f"Sampled (temperature {sampling.get('temperature'):g})"
+        temperature = float(measured.report["sampling"]["temperature"])
+        how = "Greedy" if temperature == 0 else f"Sampled (temperature {temperature:g})"
         parts.append(f"{how} answers to {len(rows)} of {len(by_row)} prompts, drawn by the seed and not chosen.")
     for row in rows:
         answers = [row[name] for name in names if name in row]

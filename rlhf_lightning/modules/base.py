@@ -174,8 +174,9 @@ class ModelModule(LightningModule):
         write_model_folder(directory, self.exported_model, self.tokenizer)
 
     def training_record(self) -> dict[str, Any]:
-        """Return what a model card tells of the run beside its config; nothing where there is no Trainer."""
-        return {} if self._trainer is None else training_record(self)
+        """Return what a card tells of the run beside its config; nothing without a Trainer or an exported model."""
+        has_model = type(self).exported_model is not ModelModule.exported_model
+        return training_record(self) if has_model and self._trainer is not None else {}
 
     def texts(self, batch: SequenceBatch) -> tuple[list[str], list[str]]:
         """Return prompt and response of each row as the model reads them, special tokens included."""
