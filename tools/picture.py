@@ -75,11 +75,18 @@ class Browser:
         )
         os.close(to_browser)
         os.close(from_browser)
-        self._commands, self._answers = os.fdopen(commands, "wb"), os.fdopen(answers, "rb")
+        self._commands, self._answers = os.fdopen(commands, "wb", 0), os.fdopen(answers, "rb", 0)
         self._unread = b""
         self._count = 0
         self._session: str | None = None
         self.events: list[dict[str, Any]] = []
+        try:
+            self._attach()
+        except BaseException:
+            self.close()
+            raise
+
+    def _attach(self) -> None:
         targets = self.call("Target.getTargets")["targetInfos"]
         page = next(target["targetId"] for target in targets if target["type"] == "page")
         self._session = self.call("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
@@ -92,6 +99,10 @@ class Browser:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the browser."""
         self._commands.close()
         self._answers.close()
         self._process.terminate()
@@ -107,7 +118,6 @@ class Browser:
         command = {"id": self._count, "method": method, "params": params}
         session = {"sessionId": self._session} if self._session else {}
         self._commands.write(json.dumps(command | session).encode() + b"\0")
-        self._commands.flush()
         while True:
             message = self._read()
             if message.get("id") == self._count:
