@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_lightning.evaluation.formatting import plain
-from rlhf_lightning.evaluation.report import draw_samples
+from rlhf_lightning.evaluation.report_words import draw_samples
 from rlhf_lightning.markdown import escape_cell, escape_line, markdown_table
 from rlhf_lightning.model_card.comparison import MeasuredModel
 from rlhf_lightning.model_card.records import RunRecords

@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.answer_sets import LikelihoodSet, PairSet
+from rlhf_lightning.evaluation.cache import ResultCache
 from rlhf_lightning.evaluation.given_answers import GivenAnswers
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.rollout.reward_sources import FunctionReward
@@ -50,7 +51,7 @@ def test_there_is_a_section_of_each_kind_that_is_asked_for(
 ) -> None:
     reward = FunctionReward(lambda prompts, responses: [float(len(text)) for text in responses], name="letters")
     given = read(demo_tokenizer, **wanted)
-    measures = given.measures({"letters": reward} if rewards else {}, "base", torch.device("cpu"), batch_size=4)
+    measures = given.measures({"letters": reward} if rewards else {}, "base", torch.device("cpu"), 4, ResultCache(None))
     model = load_causal_lm(tiny_models["base"]).eval()
     for measure in measures:
         measure.take("base", model)
