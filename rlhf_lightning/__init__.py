@@ -44,13 +44,8 @@ if TYPE_CHECKING:
     from rlhf_lightning.modules.reward import RewardModule
     from rlhf_lightning.modules.sft import SFTModule
     from rlhf_lightning.rollout.decoding import CachedSampler, TransformersSampler
-    from rlhf_lightning.rollout.reward_sources import (
-        FunctionReward,
-        RewardModel,
-        RewardSource,
-        TokenFunctionReward,
-        WeightedSum,
-    )
+    from rlhf_lightning.rollout.reward_model import RewardModel
+    from rlhf_lightning.rollout.reward_sources import FunctionReward, RewardSource, TokenFunctionReward, WeightedSum
     from rlhf_lightning.rollout.sampler import SamplingConfig
 
 __version__ = "0.1.0"
@@ -101,7 +96,7 @@ _HOMES = {
     "CachedSampler": "rollout.decoding",
     "TransformersSampler": "rollout.decoding",
     "FunctionReward": "rollout.reward_sources",
-    "RewardModel": "rollout.reward_sources",
+    "RewardModel": "rollout.reward_model",
     "RewardSource": "rollout.reward_sources",
     "TokenFunctionReward": "rollout.reward_sources",
     "WeightedSum": "rollout.reward_sources",

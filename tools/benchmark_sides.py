@@ -185,7 +185,7 @@ class Ours(Side):
     def _module(self) -> Any:
         from rlhf_lightning import LoRA, PPOModule
         from rlhf_lightning.algorithm.critics import Critic, SeparateCritic, TrunkCritic
-        from rlhf_lightning.rollout.reward_sources import RewardModel
+        from rlhf_lightning.rollout.reward_model import RewardModel
         from rlhf_lightning.rollout.sampler import SamplingConfig
 
         options, reward = self.options, str(self.models / "reward")

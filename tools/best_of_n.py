@@ -24,7 +24,8 @@ from rlhf_lightning.evaluation.prompts import encode_prompts, read_prompts
 from rlhf_lightning.evaluation.statistics import bootstrap_mean, distinct_n
 from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
 from rlhf_lightning.rollout.collect import decode_responses
-from rlhf_lightning.rollout.reward_sources import FunctionReward, RewardModel, ScoringBatch
+from rlhf_lightning.rollout.reward_model import RewardModel
+from rlhf_lightning.rollout.reward_sources import FunctionReward, ScoringBatch
 from rlhf_lightning.rollout.sampler import SamplingConfig, resolve_stop_ids
 
 if TYPE_CHECKING:

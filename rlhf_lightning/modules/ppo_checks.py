@@ -13,7 +13,8 @@ from rlhf_lightning.models.causal_lm import response_logprobs
 from rlhf_lightning.models.loading import context_length, refuse_foreign_tokens
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.rollout.collect import Rollout
-from rlhf_lightning.rollout.reward_sources import RewardModel, RewardSource
+from rlhf_lightning.rollout.reward_model import RewardModel
+from rlhf_lightning.rollout.reward_sources import RewardSource
 from rlhf_lightning.rollout.sampler import Samples
 
 if TYPE_CHECKING:

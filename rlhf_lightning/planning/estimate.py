@@ -20,7 +20,7 @@ from rlhf_lightning.modules.sft import SFTModule
 from rlhf_lightning.planning.machine import Machine
 from rlhf_lightning.planning.tracing import Trace, optimizer_bytes, trace
 from rlhf_lightning.rollout.decoding import CachedSampler
-from rlhf_lightning.rollout.reward_sources import RewardModel
+from rlhf_lightning.rollout.reward_model import RewardModel
 
 _HEAD_TENSORS = 3  # of a tile's logits: themselves, their exponentials or slopes, and a copy on the way
 _SMALL_OPERATIONS = 15  # a layer and token step

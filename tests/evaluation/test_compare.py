@@ -16,7 +16,8 @@ from rlhf_lightning.evaluation.generations import sample_responses
 from rlhf_lightning.evaluation.likelihood import evaluate_likelihood
 from rlhf_lightning.models.export import pack_model, write_model_folder
 from rlhf_lightning.models.loading import load_causal_lm, load_sequence_classifier, load_tokenizer
-from rlhf_lightning.rollout.reward_sources import FunctionReward, RewardModel
+from rlhf_lightning.rollout.reward_model import RewardModel
+from rlhf_lightning.rollout.reward_sources import FunctionReward
 from rlhf_lightning.rollout.sampler import SamplingConfig
 
 SAMPLING = SamplingConfig(max_new_tokens=8)

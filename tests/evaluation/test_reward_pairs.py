@@ -13,7 +13,8 @@ from rlhf_lightning.evaluation.reward_pairs import evaluate_rewards, length_bias
 from rlhf_lightning.models.export import write_model_folder
 from rlhf_lightning.models.loading import load_sequence_classifier
 from rlhf_lightning.models.scalar_head import ScalarModel
-from rlhf_lightning.rollout.reward_sources import FunctionReward, RewardModel
+from rlhf_lightning.rollout.reward_model import RewardModel
+from rlhf_lightning.rollout.reward_sources import FunctionReward
 
 PAIRS = [
     {"prompt": "One?", "chosen": "aaaa bbbb", "rejected": "a", "from": "x"},

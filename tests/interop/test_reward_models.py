@@ -11,7 +11,7 @@ from rlhf_lightning.data.chat import ConversationEncoder, end_chats_at_stop
 from rlhf_lightning.models.loading import load_tokenizer
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.modules.reward import RewardModule
-from rlhf_lightning.rollout.reward_sources import RewardModel
+from rlhf_lightning.rollout.reward_model import RewardModel
 
 from .conftest import TURNS, classifier, policys_batch, scores_by_transformers, write
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from rlhf_lightning.data.chat import ConversationEncoder
 from rlhf_lightning.data.collate import collate_sequences
 from rlhf_lightning.modules.reward import RewardModule
-from rlhf_lightning.rollout.reward_sources import RewardModel
+from rlhf_lightning.rollout.reward_model import RewardModel
 
 from .conftest import TURNS, classifier, policys_batch, scores_by_transformers, write
 

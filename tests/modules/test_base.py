@@ -19,7 +19,8 @@ from rlhf_lightning.models.export import export_checkpoint
 from rlhf_lightning.modules.base import fingerprint
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.modules.sft import SFTModule
-from rlhf_lightning.rollout.reward_sources import RewardModel, RewardSource, Scores, ScoringBatch
+from rlhf_lightning.rollout.reward_model import RewardModel
+from rlhf_lightning.rollout.reward_sources import RewardSource, Scores, ScoringBatch
 from rlhf_lightning.schedules import ConstantWithWarmup, LinearDecay
 
 MakePPO = Callable[..., PPOModule]

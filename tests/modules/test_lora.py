@@ -39,7 +39,7 @@ from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.modules.sft import SFTModule
 from rlhf_lightning.rollout import linear
 from rlhf_lightning.rollout.decoding import CachedSampler, TransformersSampler
-from rlhf_lightning.rollout.reward_sources import RewardModel
+from rlhf_lightning.rollout.reward_model import RewardModel
 from rlhf_lightning.rollout.sampler import Sampler
 
 pytest.importorskip("peft", reason="adapters need peft, which is not installed")

@@ -26,7 +26,8 @@ from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.modules.rating import RatingModule
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.modules.sft import SFTModule
-from rlhf_lightning.rollout.reward_sources import RewardModel, RewardSource, Scores, ScoringBatch
+from rlhf_lightning.rollout.reward_model import RewardModel
+from rlhf_lightning.rollout.reward_sources import RewardSource, Scores, ScoringBatch
 from rlhf_lightning.run_folder import RunCheckpoint
 from rlhf_lightning.taking_up import LAST_CHECKPOINT
 

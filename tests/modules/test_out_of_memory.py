@@ -27,7 +27,7 @@ from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.modules.rating import RatingModule
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.modules.sft import SFTModule
-from rlhf_lightning.rollout.reward_sources import RewardModel
+from rlhf_lightning.rollout.reward_model import RewardModel
 
 KINDS = [SFTModule, RewardModule, RatingModule, DPOModule, KTOModule]
 

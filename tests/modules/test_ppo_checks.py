@@ -21,7 +21,8 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.rollout.collect import Rollout
 from rlhf_lightning.rollout.decoding import CachedSampler
-from rlhf_lightning.rollout.reward_sources import RewardModel, WeightedSum
+from rlhf_lightning.rollout.reward_model import RewardModel
+from rlhf_lightning.rollout.reward_sources import WeightedSum
 from rlhf_lightning.rollout.sampler import Samples, SamplingConfig
 
 MakePPO = Callable[..., PPOModule]

@@ -19,7 +19,8 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.export import export_checkpoint
 from rlhf_lightning.models.loading import load_tokenizer
 from rlhf_lightning.modules.reward import RewardModule
-from rlhf_lightning.rollout.reward_sources import RewardModel, ScoringBatch
+from rlhf_lightning.rollout.reward_model import RewardModel
+from rlhf_lightning.rollout.reward_sources import ScoringBatch
 
 MakeTrainer = Callable[..., Trainer]
 SaveModel = Callable[..., str]

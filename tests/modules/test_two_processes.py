@@ -34,7 +34,7 @@ from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.modules.sft import SFTModule
-from rlhf_lightning.rollout.reward_sources import RewardModel
+from rlhf_lightning.rollout.reward_model import RewardModel
 from rlhf_lightning.rollout.sampler import SamplingConfig
 
 

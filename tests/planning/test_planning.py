@@ -25,7 +25,7 @@ from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.planning.estimate import Phase, Setting, estimate
 from rlhf_lightning.planning.machine import Machine, gpu, this_processor
 from rlhf_lightning.planning.tracing import optimizer_bytes, trace
-from rlhf_lightning.rollout.reward_sources import RewardModel
+from rlhf_lightning.rollout.reward_model import RewardModel
 from rlhf_lightning.rollout.sampler import SamplingConfig
 
 MACHINE = Machine("test", flops=1e9, bandwidth=1e9, process=1000)

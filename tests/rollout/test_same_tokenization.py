@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_lightning.models.loading import load_tokenizer
-from rlhf_lightning.rollout.reward_sources import same_tokenization
+from rlhf_lightning.rollout.reward_model import same_tokenization
 
 
 def words(*names: str, splitter: Any = None, template: str | None = None) -> PreTrainedTokenizerFast:
