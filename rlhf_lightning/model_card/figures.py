@@ -15,7 +15,7 @@ from rlhf_lightning.model_card.files import write_text
 
 FOLDER = "curves"
 MAX_FIGURES = 6
-_WIDTH, _HEIGHT, _HEAD = 360, 214, 30
+_WIDTH, _HEIGHT, _HEAD, _SIDE = 344, 214, 30, 16
 _RULE = re.compile(r"(@media \(prefers[^{]*\{.*?\n\}|[^{}]+\{[^{}]*\})", re.DOTALL)
 
 
@@ -58,9 +58,12 @@ def write_curves(directory: Path, metrics: Sequence[Mapping[str, Any]]) -> list[
 
 def standalone(plot: Plot) -> str:
     """Return a plot as an SVG file of its own, with its title, for light and dark pages."""
-    chart = line_chart(plot.series, title=plot.title, width=_WIDTH, height=_HEIGHT)
-    inner = chart.replace("<svg ", f'<svg x="8" y="{_HEAD}" width="{_WIDTH}" height="{_HEIGHT}" ', 1)
-    width, height = _WIDTH + 16, _HEIGHT + _HEAD + 4
+    # The title says what is drawn; the legend, which has little room, says of which rows: rollout, train or val.
+    series = [line._replace(label=line.label.partition("/")[0]) for line in plot.series]
+    chart = line_chart(series, title=plot.title, width=_WIDTH, height=_HEIGHT)
+    place = f'x="{_SIDE}" y="{_HEAD}" width="{_WIDTH}" height="{_HEIGHT}" overflow="visible"'
+    inner = chart.replace("<svg ", f"<svg {place} ", 1)
+    width, height = _WIDTH + 2 * _SIDE, _HEIGHT + _HEAD + 4
     title = html.escape(plot.title)
     return (
         f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{title}" '

@@ -250,4 +250,5 @@ def test_curves_carry_their_colours_for_light_and_dark(tmp_path: Path) -> None:
     drawn = (tmp_path / "curves" / "1-score.svg").read_text()
     assert "@media (prefers-color-scheme: dark)" in drawn
     assert "--c1" in drawn
+    assert ">rollout</text>" in drawn  # the whole name would not fit
     assert "http://" not in drawn.replace("http://www.w3.org/2000/svg", "")
