@@ -15,8 +15,15 @@ from rlhf_lightning.stages import TRAINER_STAGES, Stage, StageState, read_pipeli
 
 logger = logging.getLogger("rlhf_lightning")
 
-_DATA_KEYS = ("data.source", "data.val_source", "prompts")
-_MODEL_KEYS = ("model.model", "model.policy", "model.reference", "model.critic.init_from", "model.reward.path")
+_DATA_KEYS = ("data.source", "data.val_source", "prompts", "likelihood.source", "pairs.source")
+_MODEL_KEYS = (
+    "model.model",
+    "model.policy",
+    "model.reference",
+    "model.critic.init_from",
+    "model.reward.path",
+    "reward.path",
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -101,7 +108,7 @@ def _check_inputs(inputs: dict[str, Any], written: list[Path]) -> None:
     from rlhf_lightning.evaluation.named_models import named_models
     from rlhf_lightning.models.loading import resolve_model
 
-    named = inputs | {f"models.{name}": path for name, path in (inputs.get("models") or {}).items()}
+    named = inputs | _inputs_of_comparison(inputs)
     each = [(key, one) for key, value in named.items() for one in (value if isinstance(value, list) else [value])]
     for key, value in each:
         if not isinstance(value, str) or any(Path(value).is_relative_to(folder) for folder in written):
@@ -112,6 +119,18 @@ def _check_inputs(inputs: dict[str, Any], written: list[Path]) -> None:
             resolve_model(value)
         elif key.startswith("models."):
             named_models({key.removeprefix("models."): value})
+
+
+def _inputs_of_comparison(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the models and the data that the arguments of ``compare`` name, by key; nothing for other commands."""
+    sets = {
+        f"{key}.source": [one.source for one in (inputs.get(key) or {}).values()] for key in ("likelihood", "pairs")
+    }
+    rewards = [inputs.get("reward"), *(inputs.get("judges") or {}).values()]
+    paths = [getattr(reward, "path", None) for reward in rewards]
+    return (
+        {f"models.{name}": path for name, path in (inputs.get("models") or {}).items()} | sets | {"reward.path": paths}
+    )
 
 
 def _settle(stage: Stage, run_dir: Path, fingerprint: str, before: str | None, label: str) -> StageState:

@@ -192,11 +192,20 @@ def test_number_that_a_later_stage_refuses_ends_before_the_first(capsys: pytest.
         ("second.yaml", ("data", "init_args", "val_source"), "stage second: data file './nothing' does not exist."),
         ("compare.yaml", ("prompts",), "stage compare: data file './nothing' does not exist."),
         ("compare.yaml", ("models", "old"), "stage compare: model folder './nothing' does not exist."),
+        (
+            "compare.yaml",
+            ("judges", "j", "init_args", "path"),
+            "stage compare: model folder './nothing' does not exist.",
+        ),
+        ("compare.yaml", ("likelihood", "seen", "source"), "stage compare: data file './nothing' does not exist."),
     ],
 )
 def test_missing_input_of_a_later_stage_ends_before_the_first(
     name: str, path: tuple[str, ...], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    judge = {"class_path": "RewardModel", "init_args": {}}
+    change("compare.yaml", "judges", to={"j": judge} if "judges" in path else {})
+    change("compare.yaml", "likelihood", to={"seen": {}} if "likelihood" in path else {})
     change(name, *path, to="./nothing")
     assert pipeline() == 2
     err = capsys.readouterr().err

@@ -16,7 +16,7 @@ from rlhf_lightning.model_card.files import write_text
 FOLDER = "curves"
 MAX_FIGURES = 6
 _WIDTH, _HEIGHT, _HEAD, _SIDE = 344, 214, 30, 16
-_RULE = re.compile(r"(@media \(prefers[^{]*\{.*?\n\}|[^{}]+\{[^{}]*\})", re.DOTALL)
+_RULE = re.compile(r"(@media [^{]*\(prefers[^{]*\{.*?\n\}|[^{}]+\{[^{}]*\})", re.DOTALL)
 
 
 class CurveFile(NamedTuple):
@@ -84,7 +84,7 @@ def _plots(metrics: Sequence[Mapping[str, Any]]) -> list[Plot]:
 def _style() -> str:
     """Return of the report's style sheet what its plots need: the colours, light and dark, and the rules for SVG."""
     sheet = files("rlhf_lightning.evaluation").joinpath("report.css").read_text(encoding="utf-8")
-    wanted = re.compile(r"\s*(:root|@media \(prefers|\.s\d|svg [.a-z])")
+    wanted = re.compile(r"\s*(:root|@media [^{]*\(prefers|\.s\d|svg [.a-z])")
     rules = [rule.strip() for rule in _RULE.findall(sheet) if wanted.match(rule)]
     own = 'svg { font-family: system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; }'
     return "\n".join([*rules, own, "svg .title { font-size: 14px; font-weight: 620; fill: var(--ink); }"])

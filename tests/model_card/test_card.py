@@ -248,7 +248,7 @@ def test_curves_carry_their_colours_for_light_and_dark(tmp_path: Path) -> None:
     text = card_of(tmp_path, RunRecords("PPOModule", "LlamaForCausalLM", 3, metrics=metrics), name="m").text
     assert '<img src="curves/1-score.svg" alt="Score: rollout/score, val/score" width="376">' in text
     drawn = (tmp_path / "curves" / "1-score.svg").read_text()
-    assert "@media (prefers-color-scheme: dark)" in drawn
+    assert "(prefers-color-scheme: dark)" in drawn
     assert "--c1" in drawn
     assert ">rollout</text>" in drawn  # the whole name would not fit
     assert "http://" not in drawn.replace("http://www.w3.org/2000/svg", "")
