@@ -49,7 +49,6 @@ def import_named_classes() -> None:
         package = importlib.import_module(f"rlhf_lightning.{folder}")
         for file in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{file.name}")
-    importlib.import_module("rlhf_lightning.schedules")
 
 
 class TrainerParser(OneLineErrors, LightningArgumentParser):
