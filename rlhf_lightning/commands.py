@@ -27,6 +27,7 @@ def function_parser(command: str) -> tuple[OneLineErrors, Callable[..., Any]]:
     """Return the parser of a command, made from its function's signature and docstring, and the function."""
     module, _, name = FUNCTIONS[command].partition(":")
     function = getattr(import_module(module), name)
+    import_module("rlhf_lightning.rollout.reward_model")  # short names are looked up among what is imported
     parser = OneLineErrors(prog=f"rlhf-lightning {command}", allow_abbrev=False)
     parser.add_argument("--config", action="config", help="A YAML file with any of the keys below.")
     parser.add_function_arguments(function, fail_untyped=False)

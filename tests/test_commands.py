@@ -1,6 +1,8 @@
 import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,3 +137,13 @@ def test_export_writes_the_trained_weights(
 def test_export_names_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "--ckpt=a.ckpt"]) == 2
     assert capsys.readouterr().err.startswith("error: 'output' must be given")
+
+
+def test_compare_knows_every_reward_by_its_short_name_in_a_process_of_its_own() -> None:
+    """Where nothing else has imported the class before."""
+    config = Path(__file__).parents[1] / "configs/demo/compare.yaml"
+    code = "import sys; from rlhf_lightning.commands import check_function_command as check; "
+    code += f"print(check('compare', ['--config', {str(config)!r}])['reward'].path)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert "reward" in told.stdout

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_lightning.data.shapes import RESPONSE_COLUMNS, Prompt, parse_demonstration, parse_pair
+from rlhf_lightning.data.shapes import RESPONSE_COLUMNS, Prompt, as_messages, parse_demonstration, parse_pair
 from rlhf_lightning.errors import UserError, did_you_mean
 from rlhf_lightning.evaluation.formatting import without_home
 from rlhf_lightning.evaluation.prompts import drawn_rows
@@ -110,7 +110,7 @@ class EncodedPairs(NamedTuple):
     Attributes:
         chosen: Prompts with the better answers.
         rejected: The same prompts with the worse ones.
-        prompts: As text or chat messages.
+        prompts: As rewards get them: chat messages with a chat template, else text.
         texts: The answers as text, chosen and rejected; what was cut off is left out.
         finished: False where an answer was cut off, chosen and rejected, shape (pairs,), bool.
         rows: The rows that they come from.
@@ -177,7 +177,7 @@ def read_pairs(
     return EncodedPairs(
         chosen=_sequences(kept, 0),
         rejected=_sequences(kept, 1),
-        prompts=[fitted.asked.prompt for fitted in kept],
+        prompts=[as_messages(one.asked.prompt) if wanted.chat else one.asked.prompt for one in kept],
         texts=(_texts(kept, 0, tokenizer), _texts(kept, 1, tokenizer)),
         finished=(_finished(kept, 0), _finished(kept, 1)),
         rows=own,

@@ -25,7 +25,15 @@ logger = logging.getLogger(__name__)
 _SETTING = "cache"
 _CHECKSUM = "checksum"
 #: Where the code lies that results follow from; what renders and summarises them counts for nothing.
-_CODE = ("functional", "models", "data", "rollout", "evaluation/generations.py", "evaluation/pair_margins.py")
+_CODE = (
+    "functional",
+    "models",
+    "data",
+    "rollout",
+    "seeding.py",
+    "evaluation/generations.py",
+    "evaluation/pair_margins.py",
+)
 _LIBRARIES = ("torch", "transformers", "tokenizers")
 
 

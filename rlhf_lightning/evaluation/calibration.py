@@ -40,7 +40,7 @@ class Calibration(NamedTuple):
 
     Attributes:
         bins: By confidence, ascending; empty ones are left out.
-        expected_error: Mean distance of confidence and share over the bins, weighted by their pairs, in [0, 0.5].
+        expected_error: Mean distance of confidence and share over the bins, weighted by their pairs, in [0, 1].
         brier: Mean of (1 - σ(margin))², in [0, 1]; 0.25 for one that always says 0.5.
         log_loss: Mean of -log σ(margin), nats; log 2 for one that always says 0.5.
         temperature: What the margins must be divided by for the smallest log-loss on these very pairs: above 1 the

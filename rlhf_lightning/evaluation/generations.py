@@ -286,7 +286,7 @@ class Bench:
             each: How many answers there are to each prompt.
         """
         there = SequenceBatch(*(tensor.to(self.device) for tensor in sequences))
-        prompts = [prompt for prompt in self.prompts.prompts for _ in range(each)]
+        prompts = [prompt for prompt in self.prompts.as_trained for _ in range(each)]
         rows = [row for row in self.prompts.rows for _ in range(each)]
         return self.judges.judge(ScoringBatch(there, finished.to(self.device), prompts, responses, rows))
 

@@ -103,7 +103,7 @@ def summarize_likelihood(
     return LikelihoodSummary(
         per_answer=bootstrap_mean(own.means, seed=seed),
         per_token=per_token,
-        perplexity=Interval(*(math.exp(-value) for value in (per_token.mean, per_token.high, per_token.low))),
+        perplexity=Interval(*(_exp(-value) for value in (per_token.mean, per_token.high, per_token.low))),
         std=float(own.means.std(correction=0)),
         quantiles=quantiles(own.means, QUANTILES),
         difference=None if base is None else paired_difference(own.means, base.means, seed=seed),
@@ -246,3 +246,7 @@ def _rows(key: str, summaries: list[LikelihoodSummary], base: str) -> list[Table
         TableRow(f"{key}: perplexity", "of a token", "number", [summary.perplexity for summary in summaries]),
     ]
     return [row for row in rows if any(cell is not None for cell in row.cells)]
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 709 else math.inf  # what a float64 holds

@@ -21,12 +21,21 @@ class PromptSet(NamedTuple):
         prompts: As text or chat messages.
         rows: The rows that they were read from.
         available: How many the source holds.
+        chat: Whether the models answer chat messages.
     """
 
     source: str
     prompts: list[Prompt]
     rows: list[dict[str, Any]]
     available: int
+    chat: bool = False
+
+    @property
+    def as_trained(self) -> list[Prompt]:
+        """The prompts as rewards get them in training: with a chat template as messages, also where a row has text."""
+        from rlhf_lightning.data.shapes import as_messages
+
+        return [as_messages(prompt) if self.chat else prompt for prompt in self.prompts]
 
 
 def read_prompts(
@@ -55,7 +64,7 @@ def read_prompts(
             prompts.append(parse_prompt(rows[number], chat=chat, text_words=text_words))
         except UserError as error:
             raise UserError(f"prompts {source!r}, row {number + 1}: {error}") from error
-    return PromptSet(source, prompts, [rows[number] for number in numbers], len(rows))
+    return PromptSet(source, prompts, [rows[number] for number in numbers], len(rows), chat)
 
 
 def drawn_rows(count: int, limit: int | None, seed: int) -> list[int]:

@@ -103,8 +103,10 @@ def named_comparison(folder: str | Path, name: str | None, weights: Path, checkp
                 f"none of the models of '{folder}' ({names}) has the weights of '{checkpoint}'; name the one that it "
                 f"is by --report_model, or {_AGAIN}"
             )
-        return _measured(folder, report, own[-1])
+        name = own[-1]
     model = next(model for model in report["models"] if model["name"] == name)
+    if _is_newer(model, folder / "report.json"):
+        raise UserError(f"{name!r} was trained on since '{folder}' measured it; {_AGAIN}")
     if _place_of(model, folder) is not None and not _same_model(model, folder, weights, checkpoint):
         raise UserError(
             f"{name!r} in '{folder}' was measured with other weights ({model['path']}) than those of '{checkpoint}'; "
@@ -204,10 +206,10 @@ def _cell(value: Any) -> Interval | float | None:
 def _place_of(model: Mapping[str, Any], folder: Path) -> Path | None:
     """Return the folder or checkpoint that a model was measured from, if it is there.
 
-    A relative path is one from where ``compare`` was started, which is most often here or above the report.
+    A relative path is one from where ``compare`` was started, which is most often above the report, or here.
     """
     path = Path(model["path"]).expanduser()
-    places = [path] if path.is_absolute() else [above / path for above in (Path(), *folder.resolve().parents)]
+    places = [path] if path.is_absolute() else [above / path for above in (*folder.resolve().parents, Path())]
     return next((place for place in places if place.exists()), None)
 
 

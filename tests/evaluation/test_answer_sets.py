@@ -92,7 +92,11 @@ def test_the_seed_draws_and_the_same_rows_for_pairs(demo_tokenizer: PreTrainedTo
     other = read_answers(LikelihoodSet(source, limit=5), demo_tokenizer, seed=2)
     assert pairs.chosen.input_ids.tolist() == again.sequences.input_ids.tolist()
     assert again.sequences.input_ids.tolist() != other.sequences.input_ids.tolist()
-    assert [row["prompt"] for row in pairs.rows] == pairs.prompts
+    # As rewards get them in training.
+    assert pairs.prompts == [[{"role": "user", "content": row["prompt"]}] for row in pairs.rows]
+    assert read_pairs(PairSet(source, limit=1, chat=False), demo_tokenizer).prompts[0] in {
+        f"Number {number}?" for number in range(30)
+    }
 
 
 def test_what_is_too_long_is_cut_or_left_out(demo_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

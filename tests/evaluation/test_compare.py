@@ -391,3 +391,16 @@ def test_a_reward_model_scores_the_very_tokens(tiny_models: dict[str, str], tmp_
         one = sequences.input_ids[row : row + 1, : int(sequences.lengths[row])]
         hidden = scorer.model(one).last_hidden_state[:, -1]
         assert samples[row]["score"] == pytest.approx(float(scorer.score(hidden).detach()), abs=1e-4)
+
+
+def test_rewards_get_the_prompts_that_they_get_in_training(tiny_models: dict[str, str], tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def look(prompts: list[Any], responses: list[str]) -> list[float]:
+        seen.extend(prompts)
+        return [0.0] * len(responses)
+
+    sets = {"pairs": {"p": PairSet("builtin:demo/eval", limit=2)}, "best_of": [2], "best_of_samples": 2, "limit": 2}
+    run({"base": tiny_models["base"]}, tmp_path, reward=FunctionReward(look), **sets)
+    assert len(seen) == 2 + 4 + 4
+    assert all(prompt[-1]["role"] == "user" for prompt in seen)

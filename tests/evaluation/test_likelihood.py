@@ -49,6 +49,11 @@ def test_the_two_means_by_hand() -> None:
     assert alone.per_answer == found.per_answer
 
 
+def test_a_model_that_has_diverged_has_an_infinite_perplexity() -> None:
+    lost = AnswerLogprobs(torch.tensor([-800.0, -1000.0]).double(), torch.tensor([1, 1]))
+    assert summarize_likelihood(lost).perplexity.mean == math.inf
+
+
 def test_the_base_must_have_been_given_the_same_answers() -> None:
     own, base = (AnswerLogprobs(torch.zeros(1).double(), torch.tensor([length])) for length in (1, 2))
     with pytest.raises(ValueError, match="give it the same answers"):

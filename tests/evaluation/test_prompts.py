@@ -47,3 +47,9 @@ def test_prompts_keep_their_last_tokens() -> None:
     (whole,) = encode_prompts(encoder, ["Do you like pizza?"], 100)
     (cut,) = encode_prompts(encoder, ["Do you like pizza?"], 4)
     assert cut == whole[-4:]
+
+
+def test_rewards_get_prompts_as_in_training(tmp_path: Path) -> None:
+    source = write(tmp_path / "p.jsonl", [{"prompt": "a"}])
+    assert read_prompts(source).as_trained == [[{"role": "user", "content": "a"}]]
+    assert read_prompts(source, chat=False).as_trained == ["a"]

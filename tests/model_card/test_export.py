@@ -184,6 +184,8 @@ def test_a_model_that_was_trained_on_since_is_not_given_the_old_results(in_runs:
     (tmp_path / "ppo" / "model" / "model.safetensors").touch()
     stale = export_with_card(tmp_path / "ppo" / LAST, tmp_path / "stale")
     assert "This model is" not in (stale / "README.md").read_text()
+    with pytest.raises(UserError, match=r"'ppo' was trained on since '.*compare' measured it; run compare again"):
+        export_with_card(tmp_path / "ppo" / LAST, tmp_path / "named", report=report.parent)
 
 
 def test_a_checkpoint_alone_tells_what_it_knows(runs: Path, tmp_path: Path) -> None:
