@@ -1,4 +1,4 @@
-"""What the README shows works: its Python runs, its commands parse, its keys are those that are logged."""
+"""What the README shows works: its Python runs, its commands parse. So do those of the other pages, and their links."""
 
 import re
 import shlex
@@ -16,14 +16,15 @@ from rlhf_lightning.stages import read_pipeline
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+def blocks(language: str, text: str = TEXT) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def commands() -> list[list[str]]:
-    lines = "\n".join(blocks("bash")).splitlines()
+def commands(text: str = TEXT) -> list[list[str]]:
+    lines = "\n".join(blocks("bash", text)).splitlines()
     parts = [part for line in lines for part in line.split("&&")]
     words = [shlex.split(part, comments=True) for part in parts]
     ours = []
@@ -39,7 +40,10 @@ def test_every_kind_of_command_is_shown() -> None:
     assert {argv[0] for argv in commands()} >= set(COMMANDS) - {"test"}
 
 
-@pytest.mark.parametrize("argv", commands(), ids=" ".join)
+TUTORIAL = commands((ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("argv", commands() + TUTORIAL, ids=" ".join)
 def test_a_command_parses(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     if argv[0] == "pipeline":
@@ -79,9 +83,10 @@ def test_the_reward_function_example_scores_each_response() -> None:
 
 
 def test_every_local_link_leads_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", TEXT)
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    for page in [ROOT / "README.md", *PAGES]:
+        links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+        assert links or page.name != "README.md"
+        assert [link for link in links if not (page.parent / link).exists()] == [], page
 
 
 def run_tool(readme: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
