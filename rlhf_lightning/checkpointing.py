@@ -180,7 +180,7 @@ class RunCheckpoint(Checkpoint):
         self._training, self._due = True, False
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self._interruption.listen()
+        self._interruption.listen(several=trainer.world_size > 1)
         if trainer.is_global_zero:
             self._kept_step = self._whole_step(trainer)
             if self._next_step is not None:
@@ -197,9 +197,9 @@ class RunCheckpoint(Checkpoint):
         # Clocks differ between processes; the first one's decides.
         late = trainer.is_global_zero and 0 < 60 * self.every_n_minutes < time.monotonic() - self._saved_time
         self._interruption.go_on(trainer)
-        stop, requeue, late = any_process(self._interruption.asked, self._interruption.requeue, late)
+        stop, requeue, terminated, late = any_process(*self._interruption.requests, late)
         if stop:
-            self._interruption.stop(trainer, requeue=requeue)
+            self._interruption.stop(trainer, requeue=requeue, terminated=terminated)
         elif self._saved_step != trainer.global_step and not run_ends(trainer):  # which is saved there
             due = self.every_n_steps > 0 and trainer.global_step % self.every_n_steps == 0
             if (due or late) and _validation_follows(trainer):

@@ -19,6 +19,8 @@ logger = logging.getLogger("rlhf_lightning")
 
 #: Exit status of a process that Ctrl-C ended, as shells give it: 128 + SIGINT.
 INTERRUPTED = 130
+#: Exit status of a process that SIGTERM ended: 128 + SIGTERM.
+TERMINATED = 143
 #: Exit status of a process that a signal asked to stop and be started again: 128 + SIGUSR1.
 REQUEUE = 138
 
@@ -49,11 +51,14 @@ class Interruption:
     """Takes note of the first SIGINT while it listens; the second raises ``KeyboardInterrupt``, as any would.
 
     SIGUSR1, which SLURM sends before a job's time is up (``#SBATCH --signal=USR1@120``), is taken note of too.
-    Lightning's own handler saves right where the signal arrives, within a step.
+    Lightning's own handler saves right where the signal arrives, within a step. Of several processes each takes note of
+    SIGTERM too: within the signal, Lightning's handler waits for an exchange with the other processes, which may be
+    waiting for one of another kind.
 
     Attributes:
         asked: Whether this process was asked to stop.
         requeue: Whether it was asked so by SIGUSR1, to be started again.
+        terminated: Whether it was asked so by SIGTERM; of several processes alone.
         agreed: Whether all processes of the run are to stop now.
 
     Example:
@@ -70,8 +75,9 @@ class Interruption:
     """
 
     def __init__(self) -> None:
-        self.asked = self.requeue = self.agreed = False
+        self.asked = self.requeue = self.terminated = self.agreed = False
         self._postponed = False
+        self._others: list[Any] = []  # that SIGTERM is to reach too
         self._listener = 0  # process that listens
         self._requeue_signal = getattr(signal, "SIGUSR1", None)  # Windows has none
         self._in_slurm = False
@@ -79,7 +85,7 @@ class Interruption:
     @property
     def status(self) -> int:
         """Exit status of a process that was asked to stop."""
-        return REQUEUE if self.requeue else INTERRUPTED
+        return REQUEUE if self.requeue else TERMINATED if self.terminated else INTERRUPTED
 
     def take_over_requeue(self, trainer: "Trainer") -> None:
         """Keep Lightning from queueing the job again by itself, and remember whether it would have."""
@@ -102,11 +108,20 @@ class Interruption:
         except (OSError, subprocess.CalledProcessError) as failure:
             logger.warning("scontrol requeue %s failed (%s); queue the job again yourself", job, failure)
 
-    def listen(self) -> None:
-        """Begin; only in the main thread, and only where nobody else has decided what a signal does."""
+    def listen(self, *, several: bool = False) -> None:
+        """Begin; only in the main thread, and only where nobody else has decided what a signal does.
+
+        Args:
+            several: Whether the run has several processes. SIGTERM is Lightning's again when the run has ended.
+        """
         self.forget()
         if threading.current_thread() is not threading.main_thread():
             return
+        if several:
+            before = signal.signal(signal.SIGTERM, self._note)
+            if before != self._note:
+                self._others = list(getattr(before, "signal_handlers", [None]))[1:]  # the first is Lightning's own
+            self._listener = os.getpid()
         for number, default in self._defaults():
             if signal.getsignal(number) is default:
                 signal.signal(number, self._note)
@@ -114,7 +129,7 @@ class Interruption:
 
     def forget(self) -> None:
         """End, and leave the handlers as they were found."""
-        self.asked = self.requeue = self.agreed = False
+        self.asked = self.requeue = self.terminated = self.agreed = False
         if self._listener == os.getpid() and threading.current_thread() is threading.main_thread():
             self._listener = 0
             for number, default in self._defaults():
@@ -133,14 +148,19 @@ class Interruption:
         from rlhf_lightning.distributed import any_process  # imports torch, which the command line wants to do late
 
         self.go_on(trainer)
-        agreed, requeue = any_process(self.asked, self.requeue)
+        agreed, requeue, terminated = any_process(*self.requests)
         if agreed:
-            self.stop(trainer, requeue=requeue)
+            self.stop(trainer, requeue=requeue, terminated=terminated)
         return agreed
 
-    def stop(self, trainer: "Trainer", *, requeue: bool = False) -> None:
+    @property
+    def requests(self) -> tuple[bool, bool, bool]:
+        """What this process was asked: to stop, by SIGUSR1, by SIGTERM."""
+        return self.asked, self.requeue, self.terminated
+
+    def stop(self, trainer: "Trainer", *, requeue: bool = False, terminated: bool = False) -> None:
         """Have Lightning stop as at SIGTERM: it logs the step, validates where due, and raises ``SIGTERMException``."""
-        self.agreed, self.requeue = True, requeue
+        self.agreed, self.requeue, self.terminated = True, requeue, terminated
         trainer._signal_connector.received_sigterm = True  # There is no public way to ask for it.
 
     def postpone(self, trainer: "Trainer") -> None:
@@ -164,6 +184,12 @@ class Interruption:
         if signum == self._requeue_signal:
             logger.warning("asked to be queued again: finishing this step, then saving")
             self.asked = self.requeue = True
+            return
+        if signum == signal.SIGTERM:
+            logger.warning("asked to stop: finishing this step, then saving")
+            self.asked = self.terminated = True
+            for handler in filter(callable, self._others):
+                handler(signum, frame)
             return
         if self.asked:
             raise KeyboardInterrupt

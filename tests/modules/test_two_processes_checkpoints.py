@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,15 @@ class At(Callback):
             self.act()
 
 
+class TerminatedLate(Callback):
+    """The first process gets SIGTERM at the end of training, while the second waits for it in an exchange."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def no_file_may_grow() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 
@@ -98,10 +108,13 @@ def run(folder: Path, *callbacks: Callback) -> dict[str, Any]:
 
 def main(folder: Path) -> dict[str, dict[str, Any]]:
     asked = At(3, rank=1, act=lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    terminated = At(3, rank=0, act=lambda: os.kill(os.getpid(), signal.SIGTERM))
     return {
         "best": run(folder / "best", Score(), RunCheckpoint(monitor="val/score", keep=1)),
         "full": run(folder / "full", At(4, rank=0, act=no_file_may_grow), RunCheckpoint(every_n_steps=1)),
         "requeued": run(folder / "requeued", asked, RunCheckpoint()),
+        "terminated": run(folder / "terminated", terminated, RunCheckpoint()),
+        "terminated_late": run(folder / "late", TerminatedLate(), RunCheckpoint()),
     }
 
 
@@ -115,12 +128,16 @@ def test_both_agree_on_what_is_best_on_a_failed_save_and_on_when_to_stop(
         assert result["best"] == {"ending": None, "steps": {"best.ckpt": 2, "last.ckpt": 5}, "best": 2}
         assert result["full"]["steps"] == {"last.ckpt": 3, "step-2.ckpt": 2}
         assert result["requeued"]["steps"] == {"last.ckpt": 3}
+        assert result["terminated"]["steps"] == {"last.ckpt": 3}
+        assert result["terminated_late"]["steps"] == {"last.ckpt": 5}
     whose = (first["full"]["ending"], second["full"]["ending"])
     for ending, reason in zip(whose, ("File too large", "another process could not write it"), strict=True):
         assert "the checkpoint of step 4 cannot be written" in ending
         assert reason in ending
     # Lightning kills the first process when one that it started fails: the second ends with 0.
     assert (first["requeued"]["ending"], second["requeued"]["ending"]) == (138, 0)
+    for how in ("terminated", "terminated_late"):
+        assert (first[how]["ending"], second[how]["ending"]) == (143, 0)
 
 
 if __name__ == "__main__":
