@@ -82,7 +82,7 @@ def test_a_reward_model_reads_the_last_token_of_each_side(
     torch.manual_seed(0)
     scorer = load_sequence_classifier(tiny_models["base"], new_head=True).eval()
     write_model_folder(tmp_path / "scorer", scorer, demo_tokenizer)
-    reward = RewardModel(str(tmp_path / "scorer"), batch_size=2)
+    reward = RewardModel(str(tmp_path / "scorer"), batch_size=2, as_transformers=False)
     reward.setup(demo_tokenizer)
     pairs = read_pairs(PairSet(source), demo_tokenizer)
     found = score_pairs(reward, pairs)
